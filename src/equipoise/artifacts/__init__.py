@@ -1,0 +1,8 @@
+"""The three values that travel: Profile (measured), Plan (decided), Evaluation (proved)."""
+
+from equipoise.artifacts.evaluation import Evaluation
+from equipoise.artifacts.model_facts import LayerFacts, ModelFacts
+from equipoise.artifacts.plan import LayerPlan, Plan, Predicted
+from equipoise.artifacts.profile import Profile, Source
+
+__all__ = ["Evaluation", "LayerFacts", "LayerPlan", "ModelFacts", "Plan", "Predicted", "Profile", "Source"]
