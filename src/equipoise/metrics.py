@@ -78,6 +78,7 @@ def cumulative_lis(windows: ArrayLike, width: ArrayLike | None = None) -> Array:
 
     Args:
         windows: [W, ..., E] load of each time window, in order of time.
+        width: [...] how many entries of the last axis exist; all of them when omitted.
 
     Returns:
         [W, ...] running scores. Source: R&Q Figure 8 ("cumulative"); `lis(windows)` is its "instantaneous" form.

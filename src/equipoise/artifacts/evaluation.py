@@ -87,8 +87,7 @@ class Evaluation(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write the evaluation as JSON; whole or not at all."""
-        text = self.model_dump_json(indent=2, by_alias=True)
-        write_atomic(Path(path), lambda temporary: temporary.write_text(text + "\n", encoding="utf-8") and None)
+        write_atomic(path, self.model_dump_json(indent=2, by_alias=True) + "\n")
 
     @classmethod
     def load_file(cls, path: str | Path) -> Evaluation:

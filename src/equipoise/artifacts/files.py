@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from equipoise.errors import EquipoiseError
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a whole file in one step: a temporary neighbour, then a rename.
+
+    Args:
+        path: the file; missing parent directories are made.
+        data: its content; text is written as UTF-8.
 
     Raises:
         EquipoiseError: the directory is missing or not writable; nothing is left behind.
@@ -23,7 +26,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         temporary = Path(name)
-        write(temporary)
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a result is as readable as any other file

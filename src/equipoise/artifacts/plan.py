@@ -183,8 +183,9 @@ class Plan(BaseModel):
         mine, other = self.model, model
         if mine.fingerprint != other.fingerprint:
             raise PlanError(
-                f"the plan was made for '{mine.name}' ({mine.model_type}, {len(mine.layers)} MoE layers, {mine.fingerprint[:12]}), "
-                f"not for '{other.name}' ({other.model_type}, {len(other.layers)} MoE layers, {other.fingerprint[:12]}); "
+                f"the plan was made for '{mine.name}' ({mine.model_type}, {len(mine.layers)} MoE layers, "
+                f"{mine.fingerprint[:12]}), not for '{other.name}' ({other.model_type}, "
+                f"{len(other.layers)} MoE layers, {other.fingerprint[:12]}); "
                 "profile this model and plan again."
             )
 
@@ -200,8 +201,7 @@ class Plan(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; whole or not at all."""
-        text = self.to_json()
-        write_atomic(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+        write_atomic(path, self.to_json())
 
     @classmethod
     def from_json(cls, text: str | bytes, origin: str = "plan") -> Plan:

@@ -97,7 +97,10 @@ class Profile:
         return np.array([layer.num_experts for layer in self.model.layers], np.int64)
 
     def relative_error(self, precision: str) -> Floats:
-        """[L, E] predicted squared error of the layer's routed output, relative to its energy, if that expert alone is stored so.
+        """[L, E] squared error of the layer's routed output over its energy, if that expert alone is stored so.
+
+        Args:
+            precision: a storage format that was measured.
 
         Raises:
             ProfileError: the error of this precision was not measured.
@@ -152,8 +155,7 @@ class Profile:
         """Write the profile to one safetensors file with a JSON header (no pickle); whole or not at all."""
         header = {"schema": SCHEMA, "model": self.model.model_dump(mode="json"), "source": self.source.model_dump(mode="json")}
         arrays = {k: np.ascontiguousarray(v) for k, v in self._arrays().items()}
-        data = serialize_tensors(arrays, metadata={"equipoise": json.dumps(header, sort_keys=True)})
-        write_atomic(Path(path), lambda temporary: _write_bytes(temporary, data))
+        write_atomic(path, serialize_tensors(arrays, metadata={"equipoise": json.dumps(header, sort_keys=True)}))
 
     @classmethod
     def load_file(cls, path: str | Path) -> Profile:
@@ -173,20 +175,19 @@ class Profile:
             raise ProfileError(f"'{path}' is not a whole equipoise profile ({error}); record it again.") from error
         if header.get("schema") != SCHEMA:
             raise ProfileError(f"'{path}' has schema '{header.get('schema')}'; this version reads '{SCHEMA}'.")
-        grouped: dict[str, dict[str, Any]] = {"importance": {}, "output_error": {}}
-        for key in [k for k in arrays if "/" in k]:
-            group, name = key.split("/", 1)
-            grouped.setdefault(group, {})[name] = arrays.pop(key)
+        fields: dict[str, Any] = {"importance": {}, "output_error": {}}
+        for key, array in arrays.items():
+            group, _, name = key.partition("/")
+            if name:
+                fields[group][name] = array
+            else:
+                fields[key] = array
         try:
             model = ModelFacts.model_validate(header["model"])
             source = Source.model_validate(header["source"])
-            return cls(model=model, source=source, **arrays, **grouped)
+            return cls(model=model, source=source, **fields)
         except (ValidationError, KeyError, TypeError) as error:
             raise ProfileError(f"'{path}' is not a valid profile: {first_problem(error)}") from error
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -199,5 +200,7 @@ def first_problem(error: Exception) -> str:
     """The first problem of a validation error as 'field: message', on one line."""
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
     return str(error).splitlines()[0]
