@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import corpus
+
+from equipoise.errors import EquipoiseError, TextError
+from equipoise.pipeline import STRETCH, balance, hold_out, read_artifact
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=10, max_size=40, unique=True), st.floats(0.05, 0.9))
+def test_held_out_documents_are_not_planned_from(documents, fraction):
+    planned, judged = hold_out({"a": documents}, fraction)
+    assert sorted(planned["a"] + judged["a"]) == sorted(documents)
+    assert not set(planned["a"]) & set(judged["a"])
+    assert len(judged["a"]) == max(1, round(fraction * len(documents)))
+
+
+def test_the_division_does_not_depend_on_the_order():
+    documents = corpus(0, documents=20)
+    forward, backward = hold_out({"a": documents}), hold_out({"a": documents[::-1]})
+    assert set(forward[1]["a"]) == set(backward[1]["a"])
+
+
+def test_one_long_file_is_cut_at_line_ends():
+    text = "\n".join(f"line {i} of a long file" for i in range(2000))
+    planned, judged = hold_out({"a": [text]})
+    assert len(judged["a"]) >= 2
+    assert len("".join(planned["a"] + judged["a"])) == len(text)
+    assert all(part.endswith("\n") for part in planned["a"] if part[-9:] != text[-9:])
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(TextError, match="too little text"):
+        hold_out({"a": ["x" * STRETCH]})
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    said: list[str] = []
+    texts = {"one": corpus(1, 30), "two": corpus(2, 30)}
+    options = {"tokens": 1500, "heldout_tokens": 600, "seq_len": 64, "progress": False}
+    return balance(str(tiny_model_dir), texts, out, say=said.append, **options), said
+
+
+def test_the_run_leaves_whole_files_and_a_model(run):
+    result, said = run
+    names = {path.name for path in result.directory.iterdir()}
+    assert names == {"model", "rq.plan.json", "rq-paper.plan.json", "run.profile.safetensors", "run.eval.json"}
+    assert read_artifact(result.directory / "rq.plan.json") == result.plans["rq"]
+    assert read_artifact(result.directory / "run.eval.json") == result.evaluation
+    assert read_artifact(result.directory / "run.profile.safetensors").model == result.profile.model
+    assert [line.split()[0] for line in said] == ["load", "record", "plan", "plan", "apply", "apply", "prove"]
+
+
+def test_raw_published_and_optimal_stand_side_by_side(run):
+    result, _ = run
+    contenders = {c.name: c for c in result.evaluation.contenders}
+    assert set(contenders) == {"rq", "rq-paper"}
+    for contender in contenders.values():
+        assert contender.expert_bytes == sum(result.plans[contender.name].bytes_by_unit())
+    assert contenders["rq"].expert_bytes <= result.evaluation.base_expert_bytes
+    for text in contenders["rq"].texts:
+        assert text.lis < text.lis_base
+        assert text.kl.value >= 0
+
+
+def test_unreadable_artifacts_are_named(tmp_path):
+    with pytest.raises(EquipoiseError, match="cannot read"):
+        read_artifact(tmp_path / "absent")
+    (tmp_path / "x").write_text("{}")
+    with pytest.raises(EquipoiseError, match="not a valid plan"):
+        read_artifact(tmp_path / "x")
