@@ -1,0 +1,72 @@
+"""Tell one model from another by its weights, and whether the weights are usable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from equipoise.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLES = 4096
+"""Elements of each parameter that the fingerprint reads; of stacked experts, at least 64 of each."""
+
+VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "name_or_path", "attn_implementation"}
+"""Configuration fields that say how a model is loaded or run, not what it computes."""
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the configuration's scalars and a spread sample of every parameter and persistent buffer, cast to bf16.
+
+    Raises:
+        ModelError: a parameter is on the meta device and has no data.
+    """
+    config = _scalars(model.config.to_dict())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            raise ModelError(f"'{name}' has no data (meta device); load the weights before profiling.")
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(_sample(tensor.detach()).to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights cannot give a meaningful measurement.
+
+    Raises:
+        ModelError: names the first parameter that has a NaN or an infinity, or has no data.
+    """
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ModelError(f"parameter '{name}' has no data (meta device); load the weights first.")
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor.detach())  # one pass without a temporary; NaN propagates
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                raise ModelError(f"parameter '{name}' holds NaN or infinite weights; the checkpoint is damaged.")
+
+
+def _scalars(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain values of a configuration and its sub-configurations, those that say only how to load or run left out."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key.startswith("_") or key in VOLATILE or key.endswith("token_id"):
+            continue
+        if isinstance(value, dict) and key.endswith("config") and key != "quantization_config":
+            found |= _scalars(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str):
+            found[prefix + key] = value
+    return found
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    wanted = max(SAMPLES, 64 * tensor.shape[0]) if tensor.dim() == 3 else SAMPLES
+    flat = tensor.reshape(-1)
+    # An odd stride does not stay in the same columns of a matrix whose width is a power of two.
+    return flat[:: max(1, flat.numel() // wanted) | 1]
