@@ -1,0 +1,1 @@
+"""A plan carried out on a model: slots, dispatch, meters, checkpoints."""

@@ -1,0 +1,1 @@
+"""Expert weights in fewer bits: formats, packing, rounding."""

@@ -1,0 +1,120 @@
+"""A plan put onto a model: its layers' weights become slots, in place, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from equipoise.artifacts import Plan
+from equipoise.errors import ModelError, PlanError, unknown_name
+from equipoise.execution.families import family_of
+from equipoise.execution.hf_quantizer import mark_balanced
+from equipoise.execution.install import install
+from equipoise.execution.slots import ExpertSlots, slots_of
+from equipoise.models.fingerprint import check_weights
+from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors, find_moe_layers, model_facts
+from equipoise.precisions import precision
+from equipoise.quantization.formats import to_float
+from equipoise.quantization.methods import METHODS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DISPATCHES = ("even", "least_loaded", "gate_aware")
+
+
+def apply_plan(model: PreTrainedModel, plan: Plan, *, method: str = "rtn", int8_activations: bool = True) -> PreTrainedModel:
+    """Balance a model: its experts are stored and run as the plan's slots.
+
+    Layers are converted one after the other, so that beside the model at most one layer's slots are held extra.
+
+    Args:
+        model: the model that the plan was made for, unquantized.
+        plan: what to do.
+        method: rounding of the integer formats (`quantization.methods.METHODS`).
+        int8_activations: also round the inputs of 8-bit experts to 8 bits, per token, where the CPU multiplies bytes
+            faster than floats (VNNI): several times the speed of float experts, where weights in 8 bits alone only save
+            memory. The price is an error of the size of the weights' own; see docs for what it did to a real model.
+
+    Returns:
+        the same model, changed in place; it saves, loads and generates like any other.
+
+    Raises:
+        PlanError: the plan belongs to another model, or the model carries a plan already.
+        ModelError: the model has no MoE layers, is quantized or sharded otherwise, or has NaN or infinite experts.
+    """
+    if slots_of(model):
+        raise PlanError("this model carries a plan already; load the original again to apply another.")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError("the model is quantized already; plans are applied to 16- or 32-bit models.")
+    plan.check_model(model_facts(model, plan.model.name))
+    layers = find_moe_layers(model)
+    _check(model, plan, layers, method)
+    install(model, plan, layers, method=method, int8_activations=int8_activations)
+    mark_balanced(model, plan, int8_activations)
+    return model
+
+
+def set_dispatch(model: PreTrainedModel, dispatch: str) -> None:
+    """Choose how a balanced model splits tokens among copies: "even", "least_loaded" or "gate_aware".
+
+    Raises:
+        EquipoiseError: unknown name.
+        ModelError: the model is not balanced.
+    """
+    if dispatch not in DISPATCHES:
+        raise unknown_name("dispatch", dispatch, DISPATCHES)
+    for slots in _slots_or_error(model):
+        slots.dispatch = dispatch
+    model.config.quantization_config.change_dispatch(dispatch)
+
+
+def set_int8_activations(model: PreTrainedModel, on: bool) -> None:
+    """Choose whether 8-bit experts also round their inputs to 8 bits, where the CPU is faster that way.
+
+    Raises:
+        ModelError: the model is not balanced.
+    """
+    for slots in _slots_or_error(model):
+        for group in slots.groups:
+            group.int8_activations = on
+    model.config.quantization_config.int8_activations = on
+
+
+def expert_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all routed experts, measured from the tensors of a model, balanced or not; scales and biases counted.
+
+    Raises:
+        ModelError: the model has no MoE layers.
+    """
+    slots = slots_of(model)
+    if slots:
+        return sum(group.nbytes for layer in slots for group in layer.groups)
+    return sum(
+        tensor.nbytes
+        for layer in find_moe_layers(model)
+        for expert in range(layer.num_experts)
+        for tensor in (*expert_matrices(layer, expert), *expert_vectors(layer, expert))
+    )
+
+
+def _slots_or_error(model: nn.Module) -> list[ExpertSlots]:
+    slots = slots_of(model)
+    if not slots:
+        raise ModelError("the model is not balanced; apply a plan first.")
+    return slots
+
+
+def _check(model: PreTrainedModel, plan: Plan, layers: Sequence[MoELayer], method: str) -> None:
+    """Everything that could stop the conversion, before the first layer is touched."""
+    METHODS.get(method)
+    check_weights(model)
+    for layer, columns in zip(layers, plan.layers, strict=True):
+        family_of(layer)
+        if "fp16" in columns.precisions and layer.dtype != "fp16":
+            for expert, name in zip(columns.experts, columns.precisions, strict=True):
+                if name == "fp16":
+                    for tensor in (*expert_matrices(layer, expert), *expert_vectors(layer, expert)):
+                        to_float(tensor, precision("fp16"))

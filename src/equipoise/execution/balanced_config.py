@@ -1,0 +1,71 @@
+"""A plan in the configuration of a balanced model, as transformers saves and loads it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from functools import lru_cache
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from equipoise.artifacts import Plan
+from equipoise.artifacts.plan import Dispatch
+from equipoise.errors import CheckpointError, PlanError
+from equipoise.execution.registration import METHOD
+
+WEIGHTS, WEIGHTS_INDEX = "equipoise.safetensors", "equipoise.safetensors.index.json"
+
+
+class EquipoiseConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a balanced model.
+
+    Attributes:
+        quant_method: "equipoise".
+        plan: the plan's JSON, compressed and in base64, since a configuration is printed with every number on a line of its
+            own; `equipoise.plan.json` beside the weights is for reading.
+        weights: name of the weights file or of its index.
+        int8_activations: whether 8-bit experts round their inputs to 8 bits too.
+    """
+
+    def __init__(
+        self, plan: str | Plan = "", weights: str = WEIGHTS, int8_activations: bool = True, quant_method: str = METHOD, **_: Any
+    ) -> None:
+        self.quant_method = quant_method
+        self.plan = _packed(plan) if isinstance(plan, Plan) else plan
+        self.weights = weights
+        self.int8_activations = int8_activations
+        self.read_plan()
+
+    def read_plan(self) -> Plan:
+        """The plan.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return _unpacked(self.plan)
+
+    def change_dispatch(self, dispatch: Dispatch) -> None:
+        """Keep the plan with another dispatch."""
+        self.plan = _packed(self.read_plan().model_copy(update={"dispatch": dispatch}))
+
+
+def plan_of(model: Any) -> Plan | None:
+    """The plan that a model carries; None when it is not balanced."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config.read_plan() if isinstance(config, EquipoiseConfig) else None
+
+
+def _packed(plan: Plan) -> str:
+    text = json.dumps(plan.model_dump(mode="json", by_alias=True), separators=(",", ":"))
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+@lru_cache(maxsize=8)
+def _unpacked(text: str) -> Plan:
+    try:
+        return Plan.from_json(zlib.decompress(base64.b64decode(text, validate=True)), "quantization_config.plan")
+    except (binascii.Error, zlib.error, PlanError) as error:
+        raise CheckpointError(f"config.json holds no whole plan ({error}); save the balanced model again.") from error
