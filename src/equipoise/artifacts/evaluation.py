@@ -65,6 +65,9 @@ class Contender(BaseModel):
     name: str
     plan_method: str
     exactness: str
+    promise_kept: bool | None = Field(
+        default=None, description="whether an `exact` plan left the predictions as they were; null for other classes"
+    )
     expert_bytes: int = Field(description="bytes of all expert tensors, measured from the tensors")
     texts: tuple[TextResult, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
@@ -80,6 +83,7 @@ class Evaluation(BaseModel):
     base: str
     base_fingerprint: str
     base_expert_bytes: int
+    base_seconds: float = Field(default=0.0, description="wall-clock of the base model's evaluation")
     units: int
     options: dict[str, Any] = Field(default_factory=dict)
     equipoise_version: str = ""

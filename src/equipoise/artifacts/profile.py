@@ -58,9 +58,11 @@ class Profile:
         window_scenario: [W] index of the scenario of each window.
         transitions: [L-1, E, E] real tokens' pairs (expert in layer l, expert in layer l+1); empty when not recorded.
         coactivation: [L, E, E] real tokens that chose both experts; empty when not recorded.
-        importance: name -> [L, E] scores, higher is more important ("wanda", "gate_norm", "leave_one_out", ...).
+        importance: name -> [L, E] scores ("gate_norm", "leave_one_out", ...), higher is more important; "wanda" holds the raw
+            score, whose LARGEST value R&Q takes for less important.
         output_error: precision name -> [L, E] sum over an expert's tokens of g^2 ||y_quantized - y||^2.
-        output_energy: [L] sum over tokens of ||sum_e g_e y_e||^2, to which `output_error` is relative; nan when not measured.
+        output_energy: [L] sum over tokens of ||sum_e g_e y_e||^2, to which `output_error` is relative; a token counts for at
+            most 100 of median energy, so that a few massive activations do not hide all others; empty when not measured.
     """
 
     model: ModelFacts

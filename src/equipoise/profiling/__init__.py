@@ -1,0 +1,1 @@
+"""A model and text become a Profile: texts, sequences, one pass over the model, importance of each expert."""

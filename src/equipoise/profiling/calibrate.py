@@ -1,0 +1,245 @@
+"""Run a model over text and measure it: one pass counts the load and feeds the importance estimators.
+
+Shapes: S scenarios, L MoE layers, E logical experts of the widest layer, T tokens, K top-k, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from equipoise import __version__
+from equipoise.artifacts import Profile, Source
+from equipoise.errors import ModelError, TextError
+from equipoise.models.layers import MoELayer, check_weights, find_moe_layers, model_facts
+from equipoise.models.recorder import Recorder, record
+from equipoise.models.tokens import TokenBatch
+from equipoise.precisions import precision
+from equipoise.profiling.forward import run_batch
+from equipoise.profiling.importance import Context, Estimator, Measured, Observation, make_estimators
+from equipoise.profiling.progress import ProgressBar
+from equipoise.profiling.resume import Arrays, Checkpoint, with_prefix, without_prefix
+from equipoise.profiling.sequences import Batch, Framing, build_rows, fingerprint, make_batches
+
+DEFAULT_IMPORTANCE = ("wanda", "gate_norm", "frequency")
+
+
+def profile(
+    model: Any,
+    tokenizer: Any,
+    scenarios: Mapping[str, Sequence[str]],
+    *,
+    tokens: int = 8192,
+    seq_len: int = 512,
+    batch_size: int = 4,
+    seed: int = 0,
+    layout: str = "documents",
+    importance: Sequence[str] = DEFAULT_IMPORTANCE,
+    importance_options: Mapping[str, Mapping[str, Any]] | None = None,
+    precisions: Sequence[str] = (),
+    window_tokens: int | None = None,
+    resume_path: str | Path | None = None,
+    save_every: float = 30.0,
+    progress: bool = True,
+    name: str | None = None,
+    files: Mapping[str, Sequence[str]] | None = None,
+) -> Profile:
+    """Measure the load of every expert on text, and how much each expert matters.
+
+    The result depends on the model, the text and the options alone: a run that was interrupted and resumed gives the
+    same profile, bit for bit, as one that was not.
+
+    Args:
+        model: a transformers model with MoE layers; it runs where its weights are, and is left as it was.
+        tokenizer: its tokenizer.
+        scenarios: name -> documents of that traffic.
+        tokens: budget of tokens per scenario; a scenario with less text is used whole.
+        seq_len: longest row, in tokens.
+        batch_size: rows of one forward pass.
+        seed: order of the text, and every random sample.
+        layout: "documents" or "packed", as `sequences.build_rows` explains.
+        importance: names of estimators in `importance.IMPORTANCE`.
+        importance_options: name of an estimator -> its options.
+        precisions: storage formats whose output error is measured; giving any adds the estimator `output_error`.
+        window_tokens: tokens of one time window; the tokens of one full batch when omitted.
+        resume_path: file that keeps the state of an unfinished run; it stays, complete, so that nothing is lost if what
+            follows fails. Delete it when the profile is saved.
+        save_every: seconds between writes of that file.
+        progress: show a progress bar on a terminal.
+        name: the model as the user calls it; its configuration's name when omitted.
+        files: scenario -> files of its text, for the record.
+
+    Raises:
+        ModelError: no MoE layers, or weights, activations or losses that are not numbers.
+        TextError: a scenario without text, or an option out of range.
+        ProfileError: the state at `resume_path` is of another run.
+        EquipoiseError: unknown estimator, option or precision.
+    """
+    if not scenarios:
+        raise TextError("no scenarios given; give at least one name with its documents.")
+    if "output_error" not in importance and precisions:
+        importance = (*importance, "output_error")
+    precisions = tuple(dict.fromkeys(precision(p).name for p in precisions))
+    window_tokens = max(1, seq_len * batch_size) if window_tokens is None else window_tokens
+    if window_tokens < 1:
+        raise TextError(f"window_tokens is {window_tokens}; it must be at least 1.")
+    layers = find_moe_layers(model)
+    check_weights(model)
+    framing = Framing.of(tokenizer, model.config)
+    rows = [
+        build_rows(texts, tokenizer, framing, scenario=s, tokens=tokens, seq_len=seq_len, seed=seed, layout=layout)
+        for s, texts in scenarios.items()
+    ]
+    batches = [batch for part in rows for batch in make_batches(part, batch_size)]
+    options: dict[str, Any] = {
+        "tokens": tokens,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "seed": seed,
+        "layout": layout,
+        "importance": list(dict.fromkeys(importance)),
+        "importance_options": {key: dict(value) for key, value in (importance_options or {}).items()},
+        "precisions": list(precisions),
+        "window_tokens": window_tokens,
+    }
+    facts = model_facts(model, name or getattr(model.config, "_name_or_path", "") or type(model).__name__, layers)
+    text_sha256 = fingerprint(rows)
+    identity = {"model": facts.fingerprint, "text": text_sha256, "options": options, "version": __version__}
+    estimators = make_estimators(importance, Context(model, layers, batches, precisions, seed), importance_options)
+    recorder = record(model, scenarios=list(scenarios), window_tokens=window_tokens)
+    run = _Run(model, batches, recorder, estimators, Checkpoint(resume_path, identity, save_every))
+    with _evaluation_mode(model), ProgressBar(progress) as bar:
+        measured = run.go(bar)
+    options["remarks"] = {key: dict(result.remarks) for key, result in measured.items() if result.remarks}
+    return Profile(
+        model=facts,
+        source=Source(
+            scenarios=tuple(scenarios),
+            texts={key: [str(path) for path in paths] for key, paths in (files or {}).items()},
+            text_sha256=text_sha256,
+            options=options,
+            equipoise_version=__version__,
+        ),
+        counts=recorder.counts,
+        gate_mass=recorder.gate_mass,
+        tokens=recorder.tokens,
+        windows=recorder.windows,
+        window_scenario=recorder.window_scenario,
+        transitions=recorder.transitions,
+        coactivation=recorder.coactivation,
+        **_merged(measured),
+    )
+
+
+class _Run:
+    """One run over all batches, and the estimators' work after it; interruptible between forward passes."""
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Sequence[Batch],
+        recorder: Recorder,
+        estimators: Mapping[str, Estimator],
+        checkpoint: Checkpoint,
+    ) -> None:
+        self.model, self.batches = model, batches
+        self.recorder, self.estimators, self.checkpoint = recorder, estimators, checkpoint
+        self._watching = [e for e in estimators.values() if type(e).observe is not Estimator.observe]
+        self._step = 0
+
+    def go(self, bar: ProgressBar) -> dict[str, Measured]:
+        """Run what is left of the text, then let every estimator finish."""
+        self.checkpoint.require_writable()
+        done = self._restore()
+        sizes = [batch.tokens for batch in self.batches]
+        bar.stage("recording", sum(sizes), "tokens", sum(sizes[:done]))
+        with self.recorder:
+            self.recorder.add_listener(self._listen)
+            for step in range(done, len(self.batches)):
+                self._step, batch = step, self.batches[step]
+                self.recorder.scenario = batch.scenario
+                _check_logits(run_batch(self.model, batch, all_logits=False), batch)
+                self.checkpoint.save(step + 1, self._state)
+                bar.advance(sizes[step])
+        self.checkpoint.save(len(self.batches), self._state, force=True)
+        load_LE = self.recorder.counts.sum((0, 1))
+        measured = {}
+        for name, estimator in self.estimators.items():
+            bar.stage(name, 1, "experts")
+            measured[name] = estimator.finish(load_LE, lambda: self.checkpoint.save(len(self.batches), self._state), bar.set)
+        self.checkpoint.save(len(self.batches), self._state, force=True)
+        return measured
+
+    def _listen(
+        self, layer: MoELayer, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, tokens: TokenBatch
+    ) -> None:
+        """Hand the real tokens of one layer's call to the estimators."""
+        if not tokens.all_real:
+            real = tokens.real_T.to(hidden.device)
+            hidden, experts, weights = hidden[real], experts[real], weights[real]
+        # A sum is finite only if every term is; a check of each value would need a mask as large as the tokens.
+        if not torch.isfinite(hidden.sum(dtype=torch.float32) + weights.sum(dtype=torch.float32)):
+            raise ModelError(
+                f"the inputs or gate weights of {layer.path} are not finite numbers (scenario '{self.recorder.scenario}'); "
+                "check the weights, or load the model in another dtype (bf16 has more range than fp16)."
+            )
+        seen = Observation(self._step, layer, hidden, experts, weights)
+        for estimator in self._watching:
+            estimator.observe(seen)
+
+    def _state(self) -> Arrays:
+        state = with_prefix("recorder/", self.recorder.state_dict())
+        for name, estimator in self.estimators.items():
+            state |= with_prefix(f"importance/{name}/", estimator.state_dict())
+        return state
+
+    def _restore(self) -> int:
+        """Forward passes that an earlier run has done already."""
+        loaded = self.checkpoint.load()
+        if loaded is None:
+            return 0
+        done, arrays = loaded
+        self.recorder.load_state_dict(without_prefix("recorder/", arrays))
+        for name, estimator in self.estimators.items():
+            estimator.load_state_dict(without_prefix(f"importance/{name}/", arrays))
+        return done
+
+
+def _check_logits(output: Any, batch: Batch) -> None:
+    """Raise `ModelError` when the model predicts something that is not a number."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return
+    mask = batch.attention_mask if batch.decoder_attention_mask is None else batch.decoder_attention_mask
+    real = torch.from_numpy(mask).to(logits.device).bool()[:, -logits.shape[1] :]
+    if not torch.isfinite(logits[real]).all():
+        raise ModelError(
+            f"the model's logits are not finite numbers (scenario '{batch.scenario}'); check its weights and dtype."
+        )
+
+
+@contextmanager
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _merged(measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """The profile's fields that estimators fill."""
+    fields: dict[str, Any] = {"importance": {}, "output_error": {}, "output_energy": np.zeros(0, np.float64)}
+    for name, result in measured.items():
+        if result.importance is not None:
+            fields["importance"][name] = result.importance
+        fields["output_error"] |= result.output_error
+        if result.output_energy is not None:
+            fields["output_energy"] = result.output_energy
+    return fields

@@ -1,0 +1,103 @@
+"""A model and its tokenizer from a local directory or a hub name, with errors that say what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from equipoise.errors import ModelError
+
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """Load a causal or encoder-decoder language model in evaluation mode.
+
+    Code that comes with a checkpoint is never run.
+
+    Args:
+        name: a local directory, or a hub name.
+        dtype: "auto" (as stored), "fp32", "bf16" or "fp16".
+        device: where the model goes, as torch names it.
+
+    Raises:
+        ModelError: unknown dtype or device, no such model, an unreadable or incomplete checkpoint.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}.")
+    target = _device(device)
+    _check_directory(name)
+    with _explained(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with _explained(name):
+        model, report = loader.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and only warns; a measurement of those would be worthless.
+        raise ModelError(
+            f"'{name}' lacks {len(missing)} of the model's weights, such as '{missing[0]}'; copy the checkpoint again."
+        )
+    return model.to(target).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        name: a local directory, or a hub name.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    _check_directory(name)
+    if Path(name).is_dir() and not any(path for pattern in TOKENIZER_FILES for path in Path(name).glob(pattern)):
+        raise ModelError(f"directory '{name}' holds no tokenizer; save the model's tokenizer there, or name it separately.")
+    with _explained(name, "a tokenizer of "):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _check_directory(name: str) -> None:
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1 or path.exists()
+    if not looks_local:
+        return
+    if not path.exists():
+        raise ModelError(f"there is no directory '{name}'; give a model's directory, or a hub name such as 'owner/model'.")
+    if not path.is_dir():
+        raise ModelError(f"'{name}' is a file; give the directory that holds the model's config.json and weights.")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"directory '{name}' has no config.json, so it holds no transformers model.")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}); 'cpu' always can.") from error
+    return device
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str = "") -> Iterator[None]:
+    """What transformers raises while it reads a checkpoint, as one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        where = "" if Path(name).is_dir() else " Give a local directory, or the name of a model on a hub within reach."
+        raise ModelError(f"cannot load {what}'{name}': {reason}.{where}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust"):
+            raise
+        raise ModelError(
+            f"cannot load {what}'{name}': a weights file is damaged ({error}); copy the checkpoint again."
+        ) from error

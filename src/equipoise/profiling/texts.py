@@ -1,0 +1,89 @@
+"""Calibration text: documents from plain and JSON-lines files, with errors that say where a file is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from equipoise.errors import TextError
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+
+
+def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> list[str]:
+    """Read the documents of one scenario, in order of files and lines.
+
+    A `.txt` file is one document, a line of a `.jsonl` file is one document; both may be gzipped.
+    Documents of white space alone are left out.
+
+    Args:
+        paths: files to read.
+        field: key of a JSON line that holds the document.
+
+    Raises:
+        TextError: a file is missing, not UTF-8 text, of another format, holds a bad line (its number is named), or
+            there is no text at all.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    files = [Path(path) for path in paths]
+    if not files:
+        raise TextError(f"no text files given; give at least one file ending in {', '.join(SUFFIXES)}.")
+    documents = [document for path in files for document in _documents(path, field) if document.strip()]
+    if not documents:
+        raise TextError(f"no text in {', '.join(repr(str(path)) for path in files)}: every document is empty.")
+    return documents
+
+
+def _documents(path: Path, field: str) -> Iterator[str]:
+    if not path.name.lower().endswith(SUFFIXES):
+        raise TextError(f"cannot tell the format of text file '{path}'; allowed endings are {', '.join(SUFFIXES)}.")
+    text = _read(path)
+    if ".jsonl" not in path.name.lower():
+        yield text
+        return
+    # Not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _json_document(line, field, f"'{path}' line {number}")
+
+
+def _json_document(line: str, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TextError(
+            f"{where} is not JSON ({error.msg} at column {error.colno}); one JSON object a line is expected."
+        ) from error
+    if not isinstance(row, dict):
+        raise TextError(f"{where} is a JSON {type(row).__name__}, not an object with a field '{field}'.")
+    if field not in row:
+        raise TextError(f"{where} has no field '{field}'; it has: {', '.join(sorted(row)) or 'none'}. Choose one with --field.")
+    if not isinstance(row[field], str):
+        raise TextError(f"{where}: field '{field}' holds {type(row[field]).__name__}, not text. Choose another with --field.")
+    return str(row[field])
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            data = gzip.decompress(data)
+    except FileNotFoundError as error:
+        raise TextError(f"text file '{path}' does not exist.") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise TextError(f"text file '{path}' is not a whole gzip file ({error}); copy it again.") from error
+    except OSError as error:
+        raise TextError(f"cannot read text file '{path}': {error.strerror or error}.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"text file '{path}' is not UTF-8 text (byte {error.start}); convert it, or give another file."
+        ) from error
+    if "\0" in text:
+        raise TextError(f"text file '{path}' holds binary data (a zero byte at {text.index(chr(0))}); give a text file.")
+    return text.replace("\r\n", "\n")
