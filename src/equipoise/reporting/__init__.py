@@ -1,0 +1,1 @@
+"""The three values as tables and as plain dictionaries."""

@@ -1,0 +1,228 @@
+"""Profiles, plans and evaluations as tables for a terminal of 80 columns; the numbers are those of `rows`.
+
+Every table says whether its figures were measured or predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from equipoise.artifacts import Evaluation, Plan, Profile
+from equipoise.reporting.rows import Rows, evaluation_rows, plan_rows, profile_rows
+
+RAW = "raw"
+"""How tables call the model as it was."""
+MOST_WINDOWS = 12
+"""Windows that a table shows at most; the others are skipped evenly."""
+
+
+def profile_tables(profile: Profile) -> list[RenderableType]:
+    """A profile's tables: layers, scenarios, windows, importance. All measured."""
+    rows = profile_rows(profile)
+    model = rows["model"]
+    out: list[RenderableType] = [
+        _head("profile of", model, f"routing policy {profile.source.routing_policy}, origin {profile.source.origin}")
+    ]
+    layers = _table("balance of each layer over its experts (measured)", ["layer", "top-k/E"])
+    _columns(layers, ["LIS", "MaxVio", "balance", "Gini", "CV", "heaviest", "unused"])
+    for row in rows["layers"]:
+        layers.add_row(
+            f"{row['layer']}{' enc' if row['stack'] == 'encoder' else ''}",
+            f"{row['top_k']}/{row['experts']}",
+            *_metrics(row),
+            f"{row['heaviest']}: {_percent(row['heaviest_share'])}",
+            str(row["unused"]),
+        )
+    layers.add_section()
+    for name in ("mean", "max"):
+        layers.add_row(name, "", *_metrics(rows[name]))
+    out.append(layers)
+    scenarios = _table("scenarios (measured)", ["scenario"])
+    _columns(scenarios, ["tokens", "decode", "LIS mean", "LIS max"])
+    for row in rows["scenarios"]:
+        scenarios.add_row(
+            escape(row["scenario"]),
+            f"{row['tokens']:,}",
+            _percent(row["decode_share"]),
+            _fixed(row["lis_mean"]),
+            _fixed(row["lis_max"]),
+        )
+    out.append(scenarios)
+    if rows["windows"]:
+        windows = _table("LIS of windows, mean over layers (measured)", ["scenario"])
+        _columns(windows, ["window", "selections", "instantaneous", "cumulative"])
+        for row in _evenly(rows["windows"], MOST_WINDOWS):
+            windows.add_row(
+                escape(row["scenario"]),
+                str(row["window"]),
+                f"{row['selections']:,}",
+                _fixed(row["lis_instantaneous"]),
+                _fixed(row["lis_cumulative"]),
+            )
+        out.append(windows)
+    if rows["importance"]:
+        importance = _table("importance against load (measured)", ["estimator"])
+        _columns(importance, ["rank correlation", "heaviest = most important"])
+        for row in rows["importance"]:
+            coincide = f"{row['layers_whose_heaviest_is_most_important']} of {row['layers']} layers"
+            importance.add_row(escape(row["estimator"]), _fixed(row["rank_correlation_with_load"], sign=True), coincide)
+        out.append(importance)
+    return out
+
+
+def plan_tables(plan: Plan) -> list[RenderableType]:
+    """A plan's tables: what is predicted of it, and the slots of each layer."""
+    rows = plan_rows(plan)
+    units = f"{rows['units']} units of {_bytes(rows['unit_bytes'])}"
+    policy = f"{rows['method']}, {units}, dispatch {rows['dispatch']}, class {rows['exactness']}"
+    out: list[RenderableType] = [_head("plan for", rows["model"], policy)]
+    predicted = rows["predicted"]
+    if predicted:
+        table = _table("on the profile it was made from (predicted)", ["figure"])
+        _columns(table, ["value"])
+        table.add_row("LIS over units without the plan", _fixed(predicted["lis_raw"]))
+        table.add_row("LIS over units", f"{_fixed(predicted['lis'])} (worst layer {_fixed(predicted['lis_max'])})")
+        table.add_row("proven lower bound", f"{_fixed(predicted['lower_bound'])} (gap {_fixed(predicted['gap'])})")
+        table.add_row("LIS as the paper counts", _fixed(predicted["lis_paper"]))
+        error = predicted["output_error"]
+        table.add_row("relative output error", "not measured" if error is None else f"{error:.3g}")
+        table.add_row("bytes of all slots", f"{_bytes(predicted['bytes'])} of {_bytes(predicted['budget_bytes'])}")
+        table.add_row("overrun of the fullest unit", _bytes(predicted["overrun_bytes"]))
+        out.append(table)
+    layers = _table("slots of each layer (decided)", ["layer", "slots/E"])
+    _columns(layers, ["copied", "most"])
+    layers.add_column("formats", overflow="fold")
+    _columns(layers, ["bytes"])
+    for row in rows["layers"]:
+        most = "-" if row["most_copied"] is None else f"{row['most_copied']} x{row['most_copies']}"
+        formats = ", ".join(f"{n} {name}" for name, n in row["precisions"].items())
+        slots = f"{row['slots']}/{row['experts']}"
+        layers.add_row(str(row["layer"]), slots, str(row["copied_experts"]), most, formats, _bytes(row["bytes"]))
+    out.append(layers)
+    return out
+
+
+def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:
+    """An evaluation's tables: bytes, each text, and the tasks as the paper's Table 2 lays them out. All measured."""
+    rows = evaluation_rows(evaluation)
+    contenders = rows["contenders"]
+    head = f"evaluation beside {escape(rows['base'])}; LIS over {rows['units']} units; low..high: paired 95 % intervals"
+    out: list[RenderableType] = [Text.from_markup(f"[bold]{head}[/bold]")]
+    sizes = _table("experts in memory (measured from the tensors)", ["model", "method", "class"])
+    _columns(sizes, ["bytes", "of raw", "seconds"])
+    sizes.add_row(RAW, "-", "-", _bytes(rows["base_expert_bytes"]), _percent(1.0), f"{rows['base_seconds']:.1f}")
+    for c in contenders:
+        size = _percent(c["bytes_of_base"])
+        promise = {True: " (kept)", False: " (BROKEN)", None: ""}[c["promise_kept"]]
+        sizes.add_row(
+            escape(c["name"]),
+            c["plan_method"],
+            c["exactness"] + promise,
+            _bytes(c["expert_bytes"]),
+            size,
+            f"{c['seconds']:.1f}",
+        )
+    out.append(sizes)
+    out += [_text_table(i, contenders) for i in range(len(contenders[0]["texts"]) if contenders else 0)]
+    if any(c["tasks"] for c in contenders):
+        out.append(_task_table(contenders))
+    return out
+
+
+def _text_table(index: int, contenders: Sequence[Rows]) -> Table:
+    first = contenders[0]["texts"][index]
+    table = _table(f"text {escape(first['name'])}: {first['tokens']:,} predicted tokens (measured)", ["model"])
+    _columns(table, ["ppl", "change %", "KL, nats", "top-1 %", "LIS", "paper"])
+    table.add_row(RAW, f"{first['perplexity_base']:.3f}", "", "", "", _fixed(first["lis_base"]), "")
+    for c in contenders:
+        text = c["texts"][index]
+        table.add_row(
+            escape(c["name"]),
+            f"{text['perplexity']:.3f}",
+            _interval(text["perplexity_change"], 100, "+.2f"),
+            _interval(text["kl"], 1, ".4f" if text["kl"]["value"] >= 1e-3 else ".1e"),
+            _interval(text["top1_agreement"], 100, ".1f"),
+            _fixed(text["lis"]),
+            _fixed(text["lis_paper"]),
+        )
+    return table
+
+
+def _task_table(contenders: Sequence[Rows]) -> Table:
+    table = _table("tasks, with metric and items: balance and accuracy (measured)", ["task", "model"])
+    _columns(table, ["LIS raw", "LIS", "paper", "% raw", "%", "difference"])
+    for i, task in enumerate(contenders[0]["tasks"]):
+        for c in contenders:
+            mine = c["tasks"][i]
+            first = c is contenders[0]
+            table.add_row(
+                f"{escape(task['name'])}\n{task['metric'].split(',')[0]}, {task['items']:,}" if first else "",
+                escape(c["name"]),
+                _fixed(mine["lis_base"]),
+                _fixed(mine["lis"]),
+                _fixed(mine["lis_paper"]),
+                f"{100 * mine['score_base']:.1f}",
+                f"{100 * mine['score']:.1f}",
+                _interval(mine["difference"], 100, "+.1f"),
+            )
+        table.add_section()
+    return table
+
+
+def _head(what: str, model: Rows, more: str) -> Text:
+    layers = f"{model['moe_layers']} MoE layers, up to {model['max_experts']} experts, {model['dtype']}"
+    title = f"[bold]{what} {escape(model['name'])}[/bold] ({escape(model['model_type'])}: {layers})"
+    return Text.from_markup(f"{title}\n{escape(more)}")
+
+
+def _table(title: str, left: Iterable[str]) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for name in left:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _columns(table: Table, names: Iterable[str]) -> None:
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+
+
+def _metrics(row: Rows) -> list[str]:
+    return [_fixed(row[name]) for name in ("lis", "maxvio", "balancedness", "gini", "cv")]
+
+
+def _fixed(value: float | None, *, sign: bool = False) -> str:
+    return "-" if value is None else f"{value:{'+' if sign else ''}.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def _interval(interval: dict[str, Any], scale: float, spec: str) -> str:
+    value, low, high = (format(scale * interval[key], spec) for key in ("value", "low", "high"))
+    return f"{value}\n{low}..{high}"
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def _evenly(rows: Sequence[Rows], most: int) -> list[Rows]:
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
