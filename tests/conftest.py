@@ -4,10 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+
 from support import WORDS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread costs more than it brings
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -4,7 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-WORDS = "the a tree runs over blue water and small birds sing in old stone houses while code returns zero or one two".split()
+WORDS = [
+    "the",
+    "a",
+    "tree",
+    "runs",
+    "over",
+    "blue",
+    "water",
+    "and",
+    "small",
+    "birds",
+    "sing",
+    "in",
+    "old",
+    "stone",
+    "houses",
+    "while",
+    "code",
+    "returns",
+    "zero",
+    "or",
+    "one",
+    "two",
+]
 
 
 def corpus(seed: int, documents: int = 12, words: int = 60) -> list[str]:

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-from support import corpus
 
 from equipoise import cli
 from equipoise.artifacts import Plan, Profile
+from support import corpus
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,13 @@ def run(monkeypatch, capsys):
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["equipoise", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
+        status = 0
+        try:
             cli.main()
-            sys.exit(0)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
         out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
+        return status, out, err
 
     return call
 
@@ -75,8 +77,8 @@ def test_profile_plan_apply_evaluate_inspect(run, tiny_model_dir, text, profile_
     plan = Plan.load_file(plan_file)
     assert plan.model == profile.model
     assert run("apply", tiny_model_dir, plan_file, "--out", model)[0] == 0
-    words = ("evaluate", tiny_model_dir, model, "--text", text, "--tokens", 400, "--seq-len", 64, "--out", result, "--json", "-q")
-    status, out, err = run(*words)
+    options = ("--tokens", 400, "--seq-len", 64, "--out", result, "--json", "-q")
+    status, out, err = run("evaluate", tiny_model_dir, model, "--text", text, *options)
     assert status == 0, err
     assert json.loads(out)["contenders"][0]["texts"][0]["tokens"] > 0
     for file in (profile_file, plan_file, result):
@@ -95,7 +97,7 @@ def test_a_plan_is_the_same_for_a_seed(run, profile_file, tmp_path):
 
 
 def test_frontier_and_methods(run, profile_file):
-    status, out, err = run("frontier", profile_file, "--bytes", "1.0,1.25", "--error-bounds", "0,0.05", "--json")
+    status, out, err = run("frontier", profile_file, "--bytes", "0.75,1.0", "--error-bounds", "0,0.05", "--json")
     assert status == 0, err
     assert len(json.loads(out)["points"]) == 4
     status, out, err = run("methods", "--json")
@@ -114,14 +116,11 @@ def test_dense_model(run, tiny_model_dir, text, tmp_path):
     assert not (tmp_path / "p").exists()
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "empty"), (" \n", "empty"), ("\u200b", "shorter than one token")])
-def test_text_without_a_token(run, tiny_model_dir, tmp_path, content, message):
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_empty_text(run, tiny_model_dir, tmp_path, content):
     (tmp_path / "t.txt").write_text(content)
-    result = run("profile", tiny_model_dir, "--text", tmp_path / "t.txt", "--out", tmp_path / "p", "-q")
-    status, _, err = result
-    assert status == 1
-    assert err.startswith("error: ")
-    assert message in err or "token" in err
+    words = ("profile", tiny_model_dir, "--text", tmp_path / "t.txt", "--out", tmp_path / "p", "-q")
+    refused(run(*words), "every document is empty")
     assert not (tmp_path / "p").exists()
 
 
@@ -154,11 +153,14 @@ def test_truncated_profile_and_unknown_method(run, profile_file, tmp_path):
     assert not (tmp_path / "plan").exists()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda layer: layer["experts"].__setitem__(0, 99), "out of range"),
-    (lambda layer: layer["experts"].__setitem__(0, layer["experts"][-1]), "expert"),
-    (lambda layer: [layer[c].pop(0) for c in ("experts", "precisions", "units", "shares")], "has no slot"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layer: layer["experts"].__setitem__(0, 99), "out of range"),
+        (lambda layer: layer["experts"].__setitem__(0, layer["experts"][-1]), "expert"),
+        (lambda layer: [layer[c].pop(0) for c in ("experts", "precisions", "units", "shares")], "has no slot"),
+    ],
+)
 def test_broken_plans(run, tiny_model_dir, profile_file, tmp_path, change, message):
     path = tmp_path / "x.plan.json"
     assert run("plan", profile_file, "--set", "error_bound=0", "--out", path)[0] == 0

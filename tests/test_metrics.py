@@ -16,8 +16,10 @@ def test_lis_of_the_papers_definition():
     assert lis([5, 3, 2, 0]) == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("name", "balanced", "worst"), [("lis", 1, 4), ("maxvio", 0, 3), ("balancedness", 1, 0.25),
-                                                         ("gini", 0, 0.75), ("cv", 0, np.sqrt(3))])
+@pytest.mark.parametrize(
+    ("name", "balanced", "worst"),
+    [("lis", 1, 4), ("maxvio", 0, 3), ("balancedness", 1, 0.25), ("gini", 0, 0.75), ("cv", 0, np.sqrt(3))],
+)
 def test_extremes(name, balanced, worst):
     assert METRICS[name]([7, 7, 7, 7]) == pytest.approx(balanced)
     assert METRICS[name]([0, 0, 9, 0]) == pytest.approx(worst)

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import corpus
 
 from equipoise.errors import EquipoiseError, TextError
 from equipoise.pipeline import STRETCH, balance, hold_out, read_artifact
+from support import corpus
 
 
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=10, max_size=40, unique=True), st.floats(0.05, 0.9))

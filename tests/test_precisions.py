@@ -6,10 +6,16 @@ from equipoise.errors import EquipoiseError
 from equipoise.precisions import precision
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("fp32", 4 * 6 * 10), ("bf16", 2 * 6 * 10), ("int8", 6 * 10 + 6 * 2),
-    ("int4", 6 * 5 + 6 * 2), ("int4-g4", 6 * 5 + 6 * 3 * 2),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fp32", 4 * 6 * 10),
+        ("bf16", 2 * 6 * 10),
+        ("int8", 6 * 10 + 6 * 2),
+        ("int4", 6 * 5 + 6 * 2),
+        ("int4-g4", 6 * 5 + 6 * 3 * 2),
+    ],
+)
 def test_bytes_of_a_matrix_count_scales_and_padding(name, expected):
     assert precision(name).matrix_bytes(6, 10) == expected
 

@@ -37,19 +37,26 @@ Device = Annotated[str, typer.Option(help="where the model runs, as torch names 
 Dtype = Annotated[str, typer.Option(help="auto (as stored), fp32, bf16 or fp16")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
-Units = Annotated[int | None, typer.Option(help="parallel units U, such as the ranks of a deployment  [default: the routed experts]")]
+Units = Annotated[
+    int | None, typer.Option(help="parallel units U, such as the ranks of a deployment  [default: the routed experts]")
+]
 Method = Annotated[str, typer.Option(help="planning method; `equipoise methods` lists them")]
-Options = Annotated[list[str] | None, typer.Option("--set", help="option of the method: NAME=VALUE, VALUE as JSON; may be repeated")]
+Options = Annotated[
+    list[str] | None, typer.Option("--set", help="option of the method: NAME=VALUE, VALUE as JSON; may be repeated")
+]
 Dispatch = Annotated[str, typer.Option(help="which copy serves which token: even, least_loaded or gate_aware")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="lm-eval task such as hellaswag; may be repeated")]
-TaskDir = Annotated[Path | None, typer.Option(help="directory with the tasks' rows as local files, when the hub is out of reach")]
+TaskDir = Annotated[
+    Path | None, typer.Option(help="directory with the tasks' rows as local files, when the hub is out of reach")
+]
 Limit = Annotated[int | None, typer.Option(help="items of each task  [default: all]")]
 
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit status 1."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars belong on terminals alone
     try:
         app()
     except EquipoiseError as error:
@@ -112,8 +119,12 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="file to write, such as x.plan.json")] = None,
     method: Method = "rq",
     units: Units = None,
-    error_bound: Annotated[float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")] = None,
-    bytes_fraction: Annotated[float | None, typer.Option("--bytes", help="bytes to use, as a fraction of the original's")] = None,
+    error_bound: Annotated[
+        float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")
+    ] = None,
+    bytes_fraction: Annotated[
+        float | None, typer.Option("--bytes", help="bytes to use, as a fraction of the original's")
+    ] = None,
     options: Options = None,
     dispatch: Dispatch = "even",
     seed: Seed = 0,
@@ -135,8 +146,8 @@ def plan(
 @app.command()
 def frontier(
     profile: Annotated[Path, typer.Argument(help="a profile")],
-    bytes_fractions: Annotated[str, typer.Option("--bytes", help="fractions of the original bytes")] = "0.75,1.0,1.25",
-    error_bounds: Annotated[str, typer.Option(help="bounds on the predicted error")] = "0,0.005,0.01,0.02,0.03,0.05",
+    bytes_fractions: Annotated[str, typer.Option("--bytes", help="fractions of the original bytes")] = "0.5,0.75,1.0",
+    error_bounds: Annotated[str, typer.Option(help="bounds on the predicted error")] = "0,0.01,0.02,0.03,0.05",
     units: Units = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -144,15 +155,14 @@ def frontier(
     """Show what balance costs: one `rq` plan for each number of bytes and each error bound."""
     from equipoise.artifacts import Profile
     from equipoise.planning.frontier import frontier as compute
-    from equipoise.reporting.rows import frontier_rows
-    from equipoise.reporting.tables import frontier_tables
+    from equipoise.reporting.listing import frontier_rows, frontier_table
 
     points = compute(
         Profile.load_file(profile), bytes_fractions=_numbers(bytes_fractions), error_bounds=_numbers(error_bounds),
         units=units, seed=seed,
     )  # fmt: skip
     rows = frontier_rows(points)
-    _show(as_json, rows, frontier_tables(rows), None)
+    _show(as_json, rows, [frontier_table(rows)], None)
 
 
 @app.command()
@@ -204,11 +214,11 @@ def evaluate(
     """Prove what balancing did to balance and quality, against the base model, in one run."""
     files = _scenario_files(text, scenario) if text or scenario else {}
     from equipoise.evaluation.evaluate import evaluate as prove
-    from equipoise.execution.checkpoint import load
+    from equipoise.pipeline import load_balanced
     from equipoise.profiling.loading import load_model, load_tokenizer
 
     documents = _read(files, field)
-    contenders = {name: load(name, dtype=dtype, device=device) for name in balanced}
+    contenders = {name: load_balanced(name, dtype=dtype, device=device) for name in balanced}
     result = prove(
         load_model(base, dtype=dtype, device=device), contenders, load_tokenizer(base), texts=documents, tasks=task or (),
         task_dir=task_dir, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, seq_len=seq_len, tokens=tokens,
@@ -225,12 +235,16 @@ def balance(
     out: Annotated[Path, typer.Option(help="run directory; the balanced model goes to OUT/model")],
     text: Text = None,
     scenario: Scenario = None,
-    heldout: Annotated[list[str] | None, typer.Option(help="text to judge on: NAME=FILE[,FILE...]  [default: a fifth of the text]")] = None,
+    heldout: Annotated[
+        list[str] | None, typer.Option(help="text to judge on: NAME=FILE[,FILE...]  [default: a fifth of the text]")
+    ] = None,
     field: Field = "text",
     method: Method = "rq",
     compare: Annotated[str, typer.Option(help="further methods judged beside it, separated by commas")] = "rq-paper",
     units: Units = None,
-    error_bound: Annotated[float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")] = None,
+    error_bound: Annotated[
+        float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")
+    ] = None,
     options: Options = None,
     dispatch: Dispatch = "even",
     tokens: Tokens = 8192,
@@ -306,7 +320,7 @@ def methods(as_json: Json = False) -> None:
     from equipoise.planning.methods import METHODS
     from equipoise.profiling.importance import IMPORTANCE
     from equipoise.quantization.methods import METHODS as ROUNDING
-    from equipoise.reporting.tables import methods_table
+    from equipoise.reporting.listing import methods_table
 
     registries = (METHODS, IMPORTANCE, ROUNDING)
     rows = {

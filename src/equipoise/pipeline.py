@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.artifacts import Evaluation, Plan, Profile
-from equipoise.errors import ProfileError, TextError
+from equipoise.errors import EquipoiseError, TextError
 from equipoise.planning.methods import make_plan
 
 PROFILE = "run.profile.safetensors"
@@ -127,8 +127,14 @@ def balance(
         dispatch: which copy serves which token: "even", "least_loaded" or "gate_aware".
         tokens: tokens per scenario to measure on.
         heldout_tokens: tokens per scenario to judge on; None for all.
-        seq_len, batch_size, seed, dtype, device: as in `profiling.calibrate.profile` and `profiling.loading.load_model`.
-        tasks: lm-eval tasks to judge on, of which `limit` items each, from `task_dir` when given.
+        seq_len: longest sequence, in tokens.
+        batch_size: sequences of one forward pass.
+        seed: order of the text and every random sample.
+        tasks: lm-eval tasks to judge on.
+        task_dir: directory with their rows as local files; None for the hub.
+        limit: items of each task, None for all.
+        dtype: "auto" (as stored), "fp32", "bf16" or "fp16".
+        device: where the models run, as torch names it.
         files: scenario -> files, for the record.
         progress: show progress bars.
         say: called with one line before each step.
@@ -141,7 +147,7 @@ def balance(
     """
     from equipoise.evaluation.evaluate import evaluate
     from equipoise.execution.apply import apply_plan
-    from equipoise.execution.checkpoint import load, save_balanced
+    from equipoise.execution.checkpoint import save_balanced
     from equipoise.profiling.calibrate import profile as measure
     from equipoise.profiling.loading import load_model, load_tokenizer
 
@@ -160,9 +166,8 @@ def balance(
     plans: dict[str, Plan] = {}
     for name in dict.fromkeys([method, *compare]):
         say(f"plan {name}")
-        options = dict(plan_options or {}) if name == method else {}
-        plan = make_plan(profile, name, units=units, seed=seed, **options)
-        plans[name] = plan.model_copy(update={"dispatch": dispatch}) if name == method else plan
+        options = {"dispatch": dispatch, **(plan_options or {})} if name == method else {}
+        plans[name] = make_plan(profile, name, units=units, seed=seed, **options)
         plans[name].save(out / f"{name}.plan.json")
     contenders: dict[str, Any] = {}
     for name in compare:
@@ -171,7 +176,7 @@ def balance(
             contenders[name] = apply_plan(load_model(model, dtype=dtype, device=device), plans[name])
     say(f"apply {method}, save to {out / 'model'} and load it again")
     save_balanced(apply_plan(load_model(model, dtype=dtype, device=device), plans[method]), tokenizer, out / "model")
-    contenders[method] = load(out / "model", dtype=dtype, device=device)
+    contenders[method] = load_balanced(out / "model", dtype=dtype, device=device)
     say(f"prove on text that was not planned from ({', '.join(judged_on)})")
     evaluation = evaluate(
         base, contenders, tokenizer, texts=judged_on, tokens=heldout_tokens, tasks=tasks, task_dir=task_dir, limit=limit,
@@ -182,6 +187,14 @@ def balance(
     return Balanced(out, profile, plans, evaluation)
 
 
+def load_balanced(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """Load a balanced model onto a device; `dtype` is of what is not quantized, as in `profiling.loading.load_model`."""
+    from equipoise.execution.checkpoint import load
+    from equipoise.profiling.loading import DTYPES
+
+    return load(directory, dtype=DTYPES[dtype]).to(device).eval()
+
+
 def read_artifact(path: str | Path) -> Profile | Plan | Evaluation:
     """Read any of the three values, told apart by the file's content.
 
@@ -189,10 +202,9 @@ def read_artifact(path: str | Path) -> Profile | Plan | Evaluation:
         EquipoiseError: unreadable, or none of them.
     """
     try:
-        head = Path(path).open("rb").read(1)
+        data = Path(path).read_bytes()
     except OSError as error:
-        raise ProfileError(f"cannot read '{path}': {error.strerror or error}.") from error
-    if head != b"{":
+        raise EquipoiseError(f"cannot read '{path}': {error.strerror or error}.") from error
+    if not data.startswith(b"{"):
         return Profile.load_file(path)
-    text = Path(path).read_bytes()
-    return Evaluation.load_file(path) if b'"equipoise.evaluation/' in text else Plan.load_file(path)
+    return Evaluation.load_file(path) if b'"equipoise.evaluation/' in data else Plan.load_file(path)
