@@ -34,9 +34,7 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             if run:  # the first round warms the file cache
                 seconds[name].append(time.perf_counter() - start)
-    rows = {
-        name: {"median": statistics.median(s), "min": min(s), "max": max(s), "runs": len(s)} for name, s in seconds.items()
-    }
+    rows = {name: {"median": statistics.median(s), "min": min(s), "max": max(s), "runs": len(s)} for name, s in seconds.items()}
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return

@@ -41,19 +41,22 @@ def broken(plan: Plan, **columns) -> str:
     return json.dumps(data)
 
 
-@pytest.mark.parametrize(("columns", "message"), [
-    ({"experts": [0, 1, 2, 9, 1]}, r"layers\.0\.experts: expert id 9 is out of range 0\.\.3"),
-    ({"experts": [0, 1, 2, -1, 1]}, r"layers\.0\.experts: expert id -1 is out of range"),
-    ({"experts": [0, 1, 2, 2, 1]}, r"layers\.0\.experts: expert 3 has no slot"),
-    ({"units": [0, 1, 2, 3, 1]}, r"layers\.0\.experts: expert 1 has 2 slots on unit 1"),
-    ({"units": [0, 1, 2, 3, 4]}, r"layers\.0\.units: unit 4 is out of range"),
-    ({"precisions": ["bf16", "int8", "bf16", "int8", "int7"]}, r"layers\.0\.precisions: unknown precision 'int7'"),
-    ({"shares": [1, 0.5, 1, 1, 0.4]}, r"layers\.0\.shares: the shares of expert 1 add up to 0\.9"),
-    ({"shares": [1, 1.5, 1, 1, -0.5]}, r"layers\.0\.shares: must be finite and not negative"),
-    ({"shares": [1, 1, 1]}, r"layers\.0\.experts: columns differ in length"),
-    ({"experts": "none"}, r"layers\.0\.experts: Input should be a valid array"),
-    ({"color": "red"}, r"layers\.0\.color: Extra inputs"),
-])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"experts": [0, 1, 2, 9, 1]}, r"layers\.0\.experts: expert id 9 is out of range 0\.\.3"),
+        ({"experts": [0, 1, 2, -1, 1]}, r"layers\.0\.experts: expert id -1 is out of range"),
+        ({"experts": [0, 1, 2, 2, 1]}, r"layers\.0\.experts: expert 3 has no slot"),
+        ({"units": [0, 1, 2, 3, 1]}, r"layers\.0\.experts: expert 1 has 2 slots on unit 1"),
+        ({"units": [0, 1, 2, 3, 4]}, r"layers\.0\.units: unit 4 is out of range"),
+        ({"precisions": ["bf16", "int8", "bf16", "int8", "int7"]}, r"layers\.0\.precisions: unknown precision 'int7'"),
+        ({"shares": [1, 0.5, 1, 1, 0.4]}, r"layers\.0\.shares: the shares of expert 1 add up to 0\.9"),
+        ({"shares": [1, 1.5, 1, 1, -0.5]}, r"layers\.0\.shares: must be finite and not negative"),
+        ({"shares": [1, 1, 1]}, r"layers\.0\.experts: columns differ in length"),
+        ({"experts": "none"}, r"layers\.0\.experts: Input should be a valid array"),
+        ({"color": "red"}, r"layers\.0\.color: Extra inputs"),
+    ],
+)
 def test_broken_plans_are_refused_with_the_field(plan, columns, message):
     with pytest.raises(PlanError, match=message):
         Plan.from_json(broken(plan, **columns))

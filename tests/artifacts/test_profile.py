@@ -30,8 +30,10 @@ def test_saving_twice_gives_the_same_bytes(profile, tmp_path):
 
 def test_a_fresh_process_reads_it_without_torch(profile, tmp_path):
     profile.save(tmp_path / "a")
-    code = ("import sys; from equipoise.artifacts import Profile; p = Profile.load_file(sys.argv[1]);"
-            "print(int(p.load.sum()), 'torch' in sys.modules)")
+    code = (
+        "import sys; from equipoise.artifacts import Profile; p = Profile.load_file(sys.argv[1]);"
+        "print(int(p.load.sum()), 'torch' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, check=True)
     assert out.stdout.split() == [str(profile.load.sum()), "False"]
 

@@ -1,0 +1,1 @@
+"""A profile becomes a plan; numpy and scipy only."""
