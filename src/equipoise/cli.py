@@ -157,7 +157,8 @@ def frontier(
     """Show what balance costs: one `rq` plan for each number of bytes and each error bound."""
     from equipoise.artifacts import Profile
     from equipoise.planning.frontier import frontier as compute
-    from equipoise.reporting.listing import frontier_rows, frontier_table
+    from equipoise.planning.frontier import frontier_rows
+    from equipoise.reporting.listing import frontier_table
 
     points = compute(
         Profile.load_file(profile), bytes_fractions=_numbers(bytes_fractions), error_bounds=_numbers(error_bounds),

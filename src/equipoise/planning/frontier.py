@@ -88,3 +88,24 @@ def _cost(plan: Plan, bound: float) -> tuple[float, float, float]:
     assert predicted is not None, "every planned plan carries its prediction"
     error = bound if predicted.output_error is None else predicted.output_error
     return float(predicted.bytes), error, predicted.lis
+
+
+def frontier_rows(points: Sequence[FrontierPoint]) -> dict[str, Any]:
+    """The points as plain values under "points"; `lis`, `bytes` and `output_error` are null where there is no plan."""
+    rows = []
+    for point in points:
+        predicted = point.plan.predicted if point.plan else None
+        rows.append(
+            {
+                "bytes_fraction": point.bytes_fraction,
+                "error_bound": point.error_bound,
+                "lis": predicted.lis if predicted else None,
+                "lower_bound": predicted.lower_bound if predicted else None,
+                "output_error": predicted.output_error if predicted else None,
+                "bytes": predicted.bytes if predicted else None,
+                "slots": sum(layer.num_slots for layer in point.plan.layers) if point.plan else None,
+                "efficient": point.efficient,
+                "problem": point.problem,
+            }
+        )
+    return {"points": rows}

@@ -3,44 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-
-from equipoise.artifacts import Plan
-
-
-class Point(Protocol):
-    """What a frontier's point must have; see `planning.frontier.FrontierPoint`."""
-
-    bytes_fraction: float
-    error_bound: float
-    plan: Plan | None
-    problem: str
-    efficient: bool
-
-
-def frontier_rows(points: Iterable[Point]) -> dict[str, Any]:
-    """The points as plain values under "points"; `lis`, `bytes` and `output_error` are null where there is no plan."""
-    rows = []
-    for point in points:
-        predicted = point.plan.predicted if point.plan else None
-        rows.append(
-            {
-                "bytes_fraction": point.bytes_fraction,
-                "error_bound": point.error_bound,
-                "lis": predicted.lis if predicted else None,
-                "lower_bound": predicted.lower_bound if predicted else None,
-                "output_error": predicted.output_error if predicted else None,
-                "bytes": predicted.bytes if predicted else None,
-                "slots": sum(layer.num_slots for layer in point.plan.layers) if point.plan else None,
-                "efficient": point.efficient,
-                "problem": point.problem,
-            }
-        )
-    return {"points": rows}
 
 
 def frontier_table(rows: Mapping[str, Any]) -> Table:
