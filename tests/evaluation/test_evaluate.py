@@ -201,3 +201,17 @@ def test_models_keep_their_mode(model: Any, tokenizer: Any, documents: list[str]
     evaluate(base, {"o": other}, tokenizer, texts={"t": documents}, seq_len=40, progress=False)
     assert not base.training
     assert other.training
+
+
+def test_several_texts_are_also_reported_together(found: Evaluation) -> None:
+    for contender in found.contenders:
+        *parts, whole = contender.texts
+        assert [text.name for text in contender.texts] == ["prose", "again", "all texts"]
+        tokens = np.array([text.tokens for text in parts])
+        assert whole.tokens == tokens.sum()
+        for name in ("perplexity", "perplexity_base"):
+            nll = (tokens * np.log([getattr(text, name) for text in parts])).sum() / tokens.sum()
+            assert np.log(getattr(whole, name)) == pytest.approx(nll)
+        assert whole.kl.value == pytest.approx((tokens * [text.kl.value for text in parts]).sum() / tokens.sum())
+        assert whole.lis_base <= max(text.lis_base for text in parts) + 1e-9
+        assert 1.0 <= whole.lis <= max(text.lis for text in parts) + 1e-9

@@ -5,9 +5,9 @@ Shapes: L MoE layers, E logical experts, P slots of a layer, U units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,34 @@ from equipoise.models.recorder import record
 
 @dataclass
 class Balance:
-    """Filled when the measurement ends: means over the layers that served something.
+    """What was served, filled when the measurement ends; scores are means over the layers that served something.
 
     Attributes:
-        lis: LIS over units.
-        lis_paper: m * max slot load / total load, with m the number of experts: each slot on a unit of its own.
+        unit_LU: [L, U] tokens that each unit served.
+        slot_LP: [P] tokens that each slot served, layer by layer; of a model as it is, a slot is an expert.
+        experts: routed experts of each layer.
     """
 
-    lis: float = float("nan")
-    lis_paper: float = float("nan")
+    unit_LU: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 1)))
+    slot_LP: Sequence[NDArray[np.float64]] = ()
+    experts: Sequence[int] = ()
+
+    @property
+    def lis(self) -> float:
+        """LIS over units."""
+        return float(np.nanmean(lis(self.unit_LU)))
+
+    @property
+    def lis_paper(self) -> float:
+        """M * max slot load / total load, with m the number of experts: each slot on a unit of its own."""
+        served = [(m, slots) for m, slots in zip(self.experts, self.slot_LP, strict=True) if slots.sum() > 0]
+        return float(np.mean([m * slots.max() / slots.sum() for m, slots in served]))
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Balance]) -> Balance:
+        """The balance of several measurements of one model together."""
+        slots = [np.sum(loads, 0) for loads in zip(*(part.slot_LP for part in parts), strict=True)]
+        return cls(np.sum([part.unit_LU for part in parts], 0), slots, parts[0].experts)
 
 
 @contextmanager
@@ -46,16 +65,15 @@ def measure(model: Any, plan: Plan | None, units: int) -> Iterator[Balance]:
         with record(model, transitions=False, coactivation=False) as recorder:
             yield balance
         load_LE = np.asarray(recorder.counts).sum((0, 1))
-        widths = [layer.num_experts for layer in recorder.layers]
-        loads = [load[:width] for load, width in zip(load_LE, widths, strict=True)]
-        unit_LU = np.stack([unit_load(load, units) for load in loads])
-        paper_L = lis(load_LE, widths)
+        balance.experts = [layer.num_experts for layer in recorder.layers]
+        balance.slot_LP = [load[:width].astype(np.float64) for load, width in zip(load_LE, balance.experts, strict=True)]
+        balance.unit_LU = np.stack([unit_load(load, units) for load in balance.slot_LP])
     else:
         with SlotMeter(model) as meter:
             yield balance
-        unit_LU, paper_L = meter.unit_load, meter.lis_paper()
-    balance.lis = float(np.nanmean(lis(unit_LU)))
-    balance.lis_paper = float(np.nanmean(paper_L))
+        balance.experts = [layer.num_experts for layer in plan.model.layers]
+        balance.slot_LP = [np.asarray(load, np.float64) for load in meter.slot_load]
+        balance.unit_LU = np.asarray(meter.unit_load, np.float64)
 
 
 def unit_load(load_E: ArrayLike, units: int) -> NDArray[np.float64]:

@@ -23,6 +23,8 @@ from equipoise.models.layers import model_facts
 from equipoise.profiling.progress import ProgressBar
 from equipoise.profiling.sequences import Rows
 
+ALL_TEXTS = "all texts"
+"""Name under which several texts are reported together."""
 NO_PLAN = "none"
 """`plan_method` and `exactness` of a contender that was not balanced by a plan."""
 EXACT_KL = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2}
@@ -115,8 +117,9 @@ def evaluate(
     loaded = load_tasks(tasks, task_dir=directory, limit=limit, num_fewshot=num_fewshot)
 
     with _evaluation_mode([reference, *entrants]), ProgressBar(progress) as bar:
-        for rows in cut.values():
-            _run_text(rows, reference, entrants, units, batch_size, bar)
+        found = [_run_text(rows, reference, entrants, units, batch_size, bar) for rows in cut.values()]
+        for text in [*found, _together(found)] if len(found) > 1 else found:
+            _report_text(text, entrants)
         for task in loaded:
             _run_task(
                 task, reference, entrants, units, bar,
@@ -171,7 +174,19 @@ def _units(entrants: list[_Entrant], given: int | None, num_experts: int) -> int
     return units
 
 
-def _run_text(rows: Rows, base: _Entrant, entrants: list[_Entrant], units: int, batch_size: int, bar: ProgressBar) -> None:
+@dataclass(frozen=True)
+class _TextRun:
+    """One text, or all together: balance of the base and of each entrant, sums of each entrant, document of each row."""
+
+    name: str
+    balances: list[Balance]
+    sums: list[language.Sums]
+    documents: list[int]
+
+
+def _run_text(
+    rows: Rows, base: _Entrant, entrants: list[_Entrant], units: int, batch_size: int, bar: ProgressBar
+) -> _TextRun:
     by_name = {entrant.name: entrant for entrant in entrants}
     bar.stage(f"text {rows.scenario}", -(-len(rows.content) // batch_size) * (1 + len(entrants)), "passes")
 
@@ -183,18 +198,33 @@ def _run_text(rows: Rows, base: _Entrant, entrants: list[_Entrant], units: int, 
         balances: list[Balance] = [stack.enter_context(measure(e.model, e.plan, units)) for e in (base, *entrants)]
         models = {name: entrant.model for name, entrant in by_name.items()}
         sums = language.compare(base.model, models, rows, batch_size=batch_size, spent=spent)
-    for entrant, balance in zip(entrants, balances[1:], strict=True):
-        found = language.summarise(sums[entrant.name], rows.documents)
+    return _TextRun(rows.scenario, balances, [sums[entrant.name] for entrant in entrants], list(rows.documents))
+
+
+def _together(texts: list[_TextRun]) -> _TextRun:
+    """All texts as one: their documents stay apart, their loads add up."""
+    balances = [Balance.pooled(parts) for parts in zip(*(text.balances for text in texts), strict=True)]
+    sums = [language.Sums.joined(parts) for parts in zip(*(text.sums for text in texts), strict=True)]
+    documents: list[int] = []
+    for text in texts:
+        first = max(documents, default=-1) + 1
+        documents += [first + document for document in text.documents]
+    return _TextRun(ALL_TEXTS, balances, sums, documents)
+
+
+def _report_text(text: _TextRun, entrants: list[_Entrant]) -> None:
+    for entrant, sums, balance in zip(entrants, text.sums, text.balances[1:], strict=True):
+        found = language.summarise(sums, text.documents)
         entrant.texts.append(
             TextResult(
-                name=rows.scenario,
+                name=text.name,
                 tokens=found.tokens,
                 perplexity_base=found.perplexity_base,
                 perplexity=found.perplexity,
                 perplexity_change=found.perplexity_change,
                 kl=found.kl,
                 top1_agreement=found.top1_agreement,
-                lis_base=balances[0].lis,
+                lis_base=text.balances[0].lis,
                 lis=balance.lis,
                 lis_paper=balance.lis_paper,
             )

@@ -47,6 +47,12 @@ class Sums:
     kl: Floats
     agreements: Floats
 
+    @classmethod
+    def joined(cls, parts: Sequence[Sums]) -> Sums:
+        """The rows of several texts, one after the other."""
+        names = ("tokens", "nll_base", "nll", "kl", "agreements")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
 
 @dataclass(frozen=True)
 class LanguageResult:
