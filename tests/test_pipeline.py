@@ -42,23 +42,28 @@ def run(tiny_model_dir, tmp_path_factory):
     said: list[str] = []
     texts = {"one": corpus(1, 30), "two": corpus(2, 30)}
     options = {"tokens": 1500, "heldout_tokens": 600, "seq_len": 64, "progress": False}
+    options["compare"] = ("rq-paper", "rq:least_loaded")
     return balance(str(tiny_model_dir), texts, out, say=said.append, **options), said
 
 
 def test_the_run_leaves_whole_files_and_a_model(run):
     result, said = run
     names = {path.name for path in result.directory.iterdir()}
-    assert names == {"model", "rq.plan.json", "rq-paper.plan.json", "run.profile.safetensors", "run.eval.json"}
+    assert names == {
+        "model", "rq.plan.json", "rq-paper.plan.json", "rq-least_loaded.plan.json", "run.profile.safetensors", "run.eval.json"
+    }  # fmt: skip
     assert read_artifact(result.directory / "rq.plan.json") == result.plans["rq"]
     assert read_artifact(result.directory / "run.eval.json") == result.evaluation
     assert read_artifact(result.directory / "run.profile.safetensors").model == result.profile.model
-    assert [line.split()[0] for line in said] == ["load", "record", "plan", "plan", "apply", "apply", "prove"]
+    assert [line.split()[0] for line in said] == ["load", "record", "plan", "plan", "plan", "apply", "apply", "apply", "prove"]
 
 
 def test_raw_published_and_optimal_stand_side_by_side(run):
     result, _ = run
     contenders = {c.name: c for c in result.evaluation.contenders}
-    assert set(contenders) == {"rq", "rq-paper"}
+    assert set(contenders) == {"rq", "rq-paper", "rq:least_loaded"}
+    assert result.plans["rq"].dispatch == "even"
+    assert result.plans["rq:least_loaded"].dispatch == "least_loaded"
     for contender in contenders.values():
         assert contender.expert_bytes == sum(result.plans[contender.name].bytes_by_unit())
     assert contenders["rq"].expert_bytes <= result.evaluation.base_expert_bytes

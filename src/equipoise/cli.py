@@ -243,7 +243,7 @@ def balance(
     ] = None,
     field: Field = "text",
     method: Method = "rq",
-    compare: Annotated[str, typer.Option(help="further methods judged beside it, separated by commas")] = "rq-paper",
+    compare: Annotated[str, typer.Option(help="judged beside it: METHOD or METHOD:DISPATCH, separated by commas")] = "rq-paper",
     units: Units = None,
     error_bound: Annotated[
         float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")
@@ -294,8 +294,8 @@ def demo(
     say("fetch or build the default model (SmolLM2-135M carved into 16 experts, 4 active; cached)")
     directory = reference_model_dir(progress=not quiet)
     result = run(
-        str(directory), demo_texts("calibration"), out, heldout=demo_texts("heldout"), compare=("rq-paper",), tokens=tokens,
-        heldout_tokens=heldout_tokens, tasks=("piqa", "arc_easy", "hellaswag", "winogrande"), task_dir=demo_task_dir(),
+        str(directory), demo_texts("calibration"), out, heldout=demo_texts("heldout"),
+        compare=("rq-paper", "rq:least_loaded"), tokens=tokens, heldout_tokens=heldout_tokens, tasks=("piqa", "arc_easy", "hellaswag", "winogrande"), task_dir=demo_task_dir(),
         limit=limit, progress=not quiet, say=say,
     )  # fmt: skip
     _show_evaluation(as_json, result.evaluation, result.model_directory)

@@ -121,7 +121,7 @@ def balance(
         out: run directory.
         heldout: scenario -> documents to judge on; a fifth of `texts`, not planned from, when omitted.
         method: planning method whose model is saved.
-        compare: further methods that are applied and judged beside it, not saved.
+        compare: further methods that are applied and judged beside it, not saved: METHOD or METHOD:DISPATCH.
         units: parallel units U; the number of routed experts when omitted.
         plan_options: further options of `method`.
         dispatch: which copy serves which token: "even", "least_loaded" or "gate_aware".
@@ -166,11 +166,14 @@ def balance(
     plans: dict[str, Plan] = {}
     for name in dict.fromkeys([method, *compare]):
         say(f"plan {name}")
-        options = {"dispatch": dispatch, **(plan_options or {})} if name == method else {}
-        plans[name] = make_plan(profile, name, units=units, seed=seed, **options)
-        plans[name].save(out / f"{name}.plan.json")
+        base_name, _, own = name.partition(":")
+        options = dict(plan_options or {}) if base_name == method else {}
+        if own or name == method:
+            options["dispatch"] = own or dispatch
+        plans[name] = make_plan(profile, base_name, units=units, seed=seed, **options)
+        plans[name].save(out / f"{name.replace(':', '-')}.plan.json")
     contenders: dict[str, Any] = {}
-    for name in compare:
+    for name in plans:
         if name != method:
             say(f"apply {name}")
             contenders[name] = apply_plan(load_model(model, dtype=dtype, device=device), plans[name])

@@ -26,7 +26,8 @@ def make_plan(
     for layer in facts.layers:
         experts = list(range(layer.num_experts))
         draw.shuffle(experts)
-        experts += [draw.randrange(layer.num_experts) for _ in range(extra)]
+        spare = [expert for expert in range(layer.num_experts) for _ in range(units - 1)]  # at most a copy a unit
+        experts += draw.sample(spare, extra)
         at: list[int] = []
         for i, expert in enumerate(experts):
             taken = {at[j] for j in range(i) if experts[j] == expert}

@@ -184,9 +184,7 @@ class _TextRun:
     documents: list[int]
 
 
-def _run_text(
-    rows: Rows, base: _Entrant, entrants: list[_Entrant], units: int, batch_size: int, bar: ProgressBar
-) -> _TextRun:
+def _run_text(rows: Rows, base: _Entrant, entrants: list[_Entrant], units: int, batch_size: int, bar: ProgressBar) -> _TextRun:
     by_name = {entrant.name: entrant for entrant in entrants}
     bar.stage(f"text {rows.scenario}", -(-len(rows.content) // batch_size) * (1 + len(entrants)), "passes")
 
