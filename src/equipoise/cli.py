@@ -294,10 +294,19 @@ def demo(
     say("fetch or build the default model (SmolLM2-135M carved into 16 experts, 4 active; cached)")
     directory = reference_model_dir(progress=not quiet)
     result = run(
-        str(directory), demo_texts("calibration"), out, heldout=demo_texts("heldout"),
-        compare=("rq-paper", "rq:least_loaded"), tokens=tokens, heldout_tokens=heldout_tokens, tasks=("piqa", "arc_easy", "hellaswag", "winogrande"), task_dir=demo_task_dir(),
-        limit=limit, progress=not quiet, say=say,
-    )  # fmt: skip
+        str(directory),
+        demo_texts("calibration"),
+        out,
+        heldout=demo_texts("heldout"),
+        compare=("rq-paper", "rq:least_loaded"),
+        tokens=tokens,
+        heldout_tokens=heldout_tokens,
+        tasks=("piqa", "arc_easy", "hellaswag", "winogrande"),
+        task_dir=demo_task_dir(),
+        limit=limit,
+        progress=not quiet,
+        say=say,
+    )
     _show_evaluation(as_json, result.evaluation, result.model_directory)
 
 
