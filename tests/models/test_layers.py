@@ -174,3 +174,13 @@ def test_the_models_output_is_unchanged_by_listing_it():
         before = model(**batch).logits
         find_moe_layers(model)
         assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "switch_transformers", "dbrx", "jetmoe", "mixtral"])
+def test_an_expert_of_a_bf16_model_can_be_run_in_float32(name: str) -> None:
+    layer = find_moe_layers(copy.deepcopy(tiny(name)).to(torch.bfloat16))[0]
+    x_TD = torch.randn(5, layer.matrices[0][1], generator=torch.Generator().manual_seed(0))
+    wide = run_expert(layer, 1, x_TD, [matrix.float() for matrix in expert_matrices(layer, 1)])
+    assert wide.dtype == torch.float32
+    narrow = run_expert(layer, 1, x_TD.bfloat16()).float()
+    assert 0 < (wide - narrow).norm() < 0.03 * wide.norm()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from equipoise.errors import ModelError
 
@@ -178,6 +179,11 @@ def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """The first `count` arguments of a module's call, given by position or by name."""
     names = forward_names(module)[len(args) : count]
     return [*args[:count], *(kwargs[name] for name in names)]
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer in the weight's dtype, whatever the input's and the bias's are."""
+    return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
 def nonzero_topk(weights_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:

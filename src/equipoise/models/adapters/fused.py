@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from equipoise.models.adapters.base import Callback, ExpertsAdapter, Handle, Layer, call_arguments
+from equipoise.models.adapters.base import Callback, ExpertsAdapter, Handle, Layer, affine, call_arguments
 
 
 class Fused(ExpertsAdapter):
@@ -47,8 +46,8 @@ class Fused(ExpertsAdapter):
         """down(gate(up(x))), with the module's own gate, biases and post-expert norm."""
         up, down = matrices
         up_bias, down_bias = self.expert_vectors(experts, expert) or (None, None)
-        hidden_TF = self._activate(experts, linear(x_TD.to(up.dtype), up, up_bias))
-        y_TD = linear(hidden_TF, down, down_bias)
+        hidden_TF = self._activate(experts, affine(x_TD, up, up_bias))
+        y_TD = affine(hidden_TF, down, down_bias)
         return experts.post_expert_norm(y_TD) if getattr(experts, "has_post_expert_norm", False) else y_TD
 
     def observe(self, layer: Layer, callback: Callback) -> Handle:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from equipoise.models.adapters.base import Callback, ExpertsAdapter, Handle, Layer, call_arguments, nonzero_topk
+from equipoise.models.adapters.base import Callback, ExpertsAdapter, Handle, Layer, affine, call_arguments, nonzero_topk
 from equipoise.models.adapters.fused import Fused, _is_stacked
 
 
@@ -65,8 +64,8 @@ class _ModuleDict(ExpertsAdapter):
     def run(self, experts: nn.Module, expert: int, x_TD: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """second(act(first(x)))."""
         first, second = self._layers(experts, expert)
-        hidden_TF = experts[f"expert_{expert}"].act(linear(x_TD.to(matrices[0].dtype), matrices[0], first.bias))
-        return linear(hidden_TF.to(matrices[1].dtype), matrices[1], second.bias)
+        hidden_TF = experts[f"expert_{expert}"].act(affine(x_TD, matrices[0], first.bias))
+        return affine(hidden_TF, matrices[1], second.bias)
 
     def _layers(self, experts: nn.Module, expert: int) -> list[nn.Linear]:
         return [getattr(experts[f"expert_{expert}"], name) for name in self.linears]
@@ -153,8 +152,8 @@ class JetMoe(ExpertsAdapter):
 
     def run(self, experts: nn.Module, expert: int, x_TD: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """output(act(gate) * up); the layer's bias is outside the experts."""
-        gate, up = linear(x_TD.to(matrices[0].dtype), matrices[0]).chunk(2, dim=-1)
-        return linear(experts.activation(gate) * up, matrices[1])
+        gate, up = affine(x_TD, matrices[0]).chunk(2, dim=-1)
+        return affine(experts.activation(gate) * up, matrices[1])
 
     def observe(self, layer: Layer, callback: Callback) -> Handle:
         """Hook the router and put its sorted selections back into the order of tokens."""
@@ -199,5 +198,4 @@ class Dbrx(Fused):
     def run(self, experts: nn.Module, expert: int, x_TD: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """down(act(gate(x)) * up(x))."""
         gate, up, down = matrices
-        x_TD = x_TD.to(gate.dtype)
-        return linear(experts.mlp.activation_fn(linear(x_TD, gate)) * linear(x_TD, up), down)
+        return affine(experts.mlp.activation_fn(affine(x_TD, gate)) * affine(x_TD, up), down)

@@ -73,7 +73,8 @@ class OutputError(SampledEstimator):
     def measure(self, seen: Observation, drawn: Draw, hidden_ND: torch.Tensor, gates_N: torch.Tensor) -> None:
         """Add the squared output error of one expert's drawn tokens at each precision."""
         layer, expert = seen.layer, drawn.expert
-        weights = [matrix.detach().to(_compute_dtype(layer)) for matrix in expert_matrices(layer, expert)]
+        # In float32, so that the model's own rounding does not drown that of the stored weights.
+        weights = [matrix.detach().float() for matrix in expert_matrices(layer, expert)]
         exact_ND = gated_expert(layer, expert, hidden_ND.to(weights[0].dtype), gates_N, weights)
         for name, form in self.formats.items():
             rounded = [round_trip(matrix, form) for matrix in weights]
@@ -153,8 +154,3 @@ def routed_output(layer: MoELayer, hidden_TD: torch.Tensor, experts_TK: torch.Te
 
 def _energy(output_ND: torch.Tensor) -> float:
     return float(output_ND.double().square().sum())
-
-
-def _compute_dtype(layer: MoELayer) -> torch.dtype:
-    """float32, so that the model's own rounding does not drown that of the stored weights; biases pin their own type."""
-    return torch.float32 if layer.vector_elements == 0 else expert_matrices(layer, 0)[0].dtype
