@@ -14,8 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from equipoise.artifacts import Plan
 from equipoise.artifacts.plan import Dispatch
 from equipoise.errors import CheckpointError, PlanError
-from equipoise.execution.registration import METHOD
 
+METHOD = "equipoise"
 WEIGHTS, WEIGHTS_INDEX = "equipoise.safetensors", "equipoise.safetensors.index.json"
 
 

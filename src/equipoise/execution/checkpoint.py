@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from equipoise.errors import CheckpointError
-from equipoise.execution.balanced_config import WEIGHTS, WEIGHTS_INDEX, plan_of
-from equipoise.execution.registration import METHOD
+from equipoise.execution.balanced_config import METHOD, WEIGHTS, WEIGHTS_INDEX, plan_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,8 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from equipoise.artifacts import Plan
 from equipoise.errors import CheckpointError
-from equipoise.execution.balanced_config import EquipoiseConfig, plan_of
-from equipoise.execution.registration import METHOD
+from equipoise.execution.balanced_config import METHOD, EquipoiseConfig, plan_of
 
 __all__ = ["EquipoiseQuantizer", "mark_balanced", "plan_of"]
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from equipoise.artifacts import LayerPlan, Plan
-from equipoise.execution.families import IMPLEMENTATION, family_of
-from equipoise.execution.registration import register_experts
+from equipoise.execution.families import IMPLEMENTATION, experts_forward, family_of
 from equipoise.execution.slots import ExpertSlots, SlotGroup, canonical
 from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors
 from equipoise.models.tokens import TokenTracker
@@ -41,7 +41,8 @@ def install(
             group.int8_activations = int8_activations
         family_of(layer).bind(layer, slots)
     tracker.__enter__()
-    register_experts()
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ExpertsInterface.register(IMPLEMENTATION, experts_forward)
     model.set_experts_implementation(IMPLEMENTATION)
 
 

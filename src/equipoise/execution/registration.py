@@ -7,8 +7,6 @@ from typing import Any
 
 import wrapt
 
-METHOD = "equipoise"
-
 
 def register_on_import() -> None:
     """Register our quantizer as soon as transformers' quantizers are imported, or at once if they are."""
@@ -18,13 +16,3 @@ def register_on_import() -> None:
 def _register_quantizer(_: Any) -> None:
     # It registers itself. Being imported first, it is what imports transformers, and is then not yet ready here.
     import_module("equipoise.execution.hf_quantizer")
-
-
-def register_experts() -> None:
-    """Enter our experts implementation into transformers' table."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
-
-    from equipoise.execution.families import IMPLEMENTATION, experts_forward
-
-    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
-        ExpertsInterface.register(IMPLEMENTATION, experts_forward)
