@@ -187,6 +187,9 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=3, help="random halvings of the documents")
     parser.add_argument("--error-bound", type=float, default=0.03)
     arguments = parser.parse_args()
+    if not (data_root() / "routing").is_dir():
+        print(f"skipped: no routing traces at {data_root() / 'routing'}; set EQUIPOISE_SHARED_DATA to their parent directory")
+        return
     columns = ("in sample", "held out", "by scenario", "re-solved", "slots/U", "8-bit", "4-bit", "bytes", "overrun", "error")
     head = f"{'plan':9}" + "".join(f"{column:>12}" for column in columns)
     for name in ("deepseek-v2-lite", "gpt-oss-20b"):

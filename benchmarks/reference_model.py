@@ -100,6 +100,10 @@ def main() -> None:
     parser.add_argument("--calibrate-on-data", action="store_true", help="carve anew on DIR's training text, 6 x 4 sequences")
     parser.add_argument("--sequences", type=int, default=8, help="held-out sequences per domain")
     options = parser.parse_args()
+    if options.data and not options.data.is_dir():
+        parser.error(
+            f"--data: there is no directory '{options.data}'; leave it out to use the default model's own held-out text"
+        )
     torch.set_num_threads(2)
 
     gguf = dense_gguf()
