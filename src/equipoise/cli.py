@@ -90,7 +90,7 @@ def profile(
     layout: Annotated[str, typer.Option(help="documents (one a row) or packed (joined into full rows)")] = "documents",
     importance: Annotated[str, typer.Option(help="importance estimators, separated by commas")] = "wanda,gate_norm,frequency",
     precisions: Annotated[str, typer.Option(help="formats whose output error is measured")] = "int8,int4",
-    window_tokens: Annotated[int | None, typer.Option(help="tokens of one time window  [default: one full batch]")] = None,
+    window_tokens: Annotated[int | None, typer.Option(help="tokens of one time window  [default: one full row]")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -149,7 +149,7 @@ def plan(
 def frontier(
     profile: Annotated[Path, typer.Argument(help="a profile")],
     bytes_fractions: Annotated[str, typer.Option("--bytes", help="fractions of the original bytes")] = "0.5,0.75,1.0",
-    error_bounds: Annotated[str, typer.Option(help="bounds on the predicted error")] = "0,0.01,0.02,0.03,0.05",
+    error_bounds: Annotated[str, typer.Option(help="bounds on the predicted error")] = "0,0.01,0.02,0.03,0.05,0.1",
     units: Units = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -280,9 +280,9 @@ def balance(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="run directory")] = Path("out/demo"),
-    tokens: Tokens = 4096,
-    heldout_tokens: Annotated[int, typer.Option(help="tokens per domain to judge on")] = 2048,
-    limit: Limit = 60,
+    tokens: Tokens = 6144,
+    heldout_tokens: Annotated[int, typer.Option(help="tokens per domain to judge on")] = 3072,
+    limit: Limit = 32,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -351,6 +351,7 @@ def _show(as_json: bool, rows: Mapping[str, Any], tables: Iterable[RenderableTyp
     console = Console(highlight=False)
     for table in tables:
         console.print(table)
+        console.print()
     if written:
         console.print(f"written: {written}", markup=False)
 

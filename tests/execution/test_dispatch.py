@@ -122,7 +122,17 @@ def test_spread_evenly_is_optimal(seed: int) -> None:
             *(itertools.combinations_with_replacement(at[e, : number[e]], int(count[e])) for e in range(experts))
         )
     )
-    assert layer_loads(split, at, units).max() == best
+    load = layer_loads(split, at, units)
+    assert load.max() == best
+    for e in range(experts):  # below the largest unit too, no token would be better off on another copy
+        for a, b in itertools.permutations(range(number[e]), 2):
+            assert split[e, a] == 0 or load[at[e, a]] <= load[at[e, b]] + 1
+
+
+def test_units_below_the_largest_are_leveled() -> None:
+    # Expert 0 fills unit 0 alone; experts 1 and 2 share units 1 and 2, where any split meets the optimum of 9.
+    split = spread_evenly(np.array([9, 5, 3]), np.array([[0, 0], [1, 2], [2, 1]]), np.array([1, 2, 2]), 3)
+    assert layer_loads(split, np.array([[0, 0], [1, 2], [2, 1]]), 3).tolist() == [9, 4, 4]
 
 
 def test_least_loaded_meets_the_optimal_split_and_skips_padding() -> None:

@@ -177,6 +177,9 @@ def test_plan_rows_count_slots_copies_and_bytes(plan: Plan) -> None:
 def test_evaluation_rows_are_the_file_and_relative_bytes(evaluation: Evaluation) -> None:
     rows = evaluation_rows(evaluation)
     assert [c.pop("bytes_of_base") for c in rows["contenders"]] == [12_345_678_901 / 20_000_000_000] * 2
+    for row, contender in zip(rows["contenders"], evaluation.contenders, strict=True):
+        text = contender.texts[-1]
+        assert row.pop("excess_removed") == pytest.approx(1 - (text.lis - 1) / (text.lis_base - 1))
     assert Evaluation.model_validate(rows) == evaluation
 
 

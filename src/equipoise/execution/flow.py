@@ -11,15 +11,19 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 Ints = NDArray[np.int64]
+SWEEPS = 8
+"""Most rounds over all experts in which units below the largest are leveled; two or three usually suffice."""
 
 
 def spread_evenly(count_E: Ints, units_EC: Ints, number_E: Ints, units: int) -> Ints:
-    """Split whole tokens among copies so that the largest unit load is the smallest possible.
+    """Split whole tokens among copies so that the largest unit load is the smallest possible, and level the others.
 
     A bound on the unit load is met if and only if a flow from experts over their copies to units carries every token.
     When it does not, the minimal cut names experts whose tokens have nowhere else to go, and their mean load per
     reachable unit is a higher bound that every split must meet (Newton's method on the parametric cut): the first
-    bound that is met is the optimum, usually after one to four flows.
+    bound that is met is the optimum, usually after one to four flows. The flow says nothing of the units below the
+    bound; over many batches the same of them would be left behind. So each expert in turn then levels the units of its
+    copies, which never raises the largest.
 
     Args:
         count_E: tokens of each expert.
@@ -66,7 +70,46 @@ def spread_evenly(count_E: Ints, units_EC: Ints, number_E: Ints, units: int) -> 
         bound = higher
     flow = np.asarray(result.flow[rows, len(several) + at_unit]).ravel()
     split_EC[several[rows], columns] = flow
+    _level(split_EC, units_EC, number_E, several, units)
     return split_EC
+
+
+def _level(split_EC: Ints, units_EC: Ints, number_E: Ints, several: Ints, units: int) -> None:
+    """Even out, in place, the units of each expert's copies in turn (coordinate descent on the sum of squares)."""
+    held = np.zeros(units, np.int64)
+    valid = np.arange(split_EC.shape[1]) < number_E[:, None]
+    np.add.at(held, units_EC[valid], split_EC[valid])
+    load = held.tolist()  # plain numbers: numpy costs more than it does on two or three copies
+    flows = {int(e): split_EC[e, : number_E[e]].tolist() for e in several}
+    homes = {e: units_EC[e, : len(flow)].tolist() for e, flow in flows.items()}
+    for _ in range(SWEEPS):
+        moved = False
+        for e, flow in flows.items():
+            others = [load[unit] - tokens for unit, tokens in zip(homes[e], flow, strict=True)]
+            new = _fill(others, sum(flow))
+            if new != flow:
+                flows[e], moved = new, True
+                for unit, other, tokens in zip(homes[e], others, new, strict=True):
+                    load[unit] = other + tokens
+        if not moved:
+            break
+    for e, flow in flows.items():
+        split_EC[e, : len(flow)] = flow
+
+
+def _fill(levels: list[int], amount: int) -> list[int]:
+    """Whole tokens poured onto each of several levels so that the result is as level as can be."""
+    order = sorted(range(len(levels)), key=levels.__getitem__)
+    filled, reached = 0, 0
+    for reached, i in enumerate(order, 1):
+        filled += levels[i]
+        if reached == len(order) or amount + filled <= reached * levels[order[reached]]:
+            break
+    level, rest = divmod(amount + filled, reached)
+    poured = [0] * len(levels)
+    for rank, i in enumerate(order[:reached]):
+        poured[i] = level - levels[i] + (rank < rest)
+    return poured
 
 
 def _mean_up(total: int, parts: int) -> int:

@@ -14,8 +14,9 @@ from equipoise.planning.published import replicate_and_quantize
 from equipoise.planning.search import solve
 from equipoise.precisions import precision
 
-ERROR_BOUND = 0.03
-"""Default bound on the relative RMS error of the layers' routed output."""
+ERROR_BOUND = 0.05
+"""Default bound on the relative RMS error of the layers' routed output: on the reference model the loosest bound tried at
+which the whole 95 % interval of the change of perplexity stays below 0.5 % while held-out imbalance still falls."""
 
 
 def rq(
@@ -44,7 +45,7 @@ def rq(
     Raises:
         PlanError: an option is out of range, or bytes and error cannot both be met.
     """
-    _in_range("error_bound", error_bound, 0.0, math.inf, "0 allows no error, inf any; 0.03 is the default")
+    _in_range("error_bound", error_bound, 0.0, math.inf, "0 allows no error, inf any; 0.05 is the default")
     _in_range("tolerance", tolerance, 0.0, math.inf, "0.001 is the default")
     names = tuple(precisions) if precisions is not None else (sixteen_bit(profile.model).name, "int8", "int4-g32")
     budget = make_budget(profile, units, names, bytes_fraction)

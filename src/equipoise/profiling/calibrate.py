@@ -66,7 +66,8 @@ def profile(
         importance: names of estimators in `importance.IMPORTANCE`.
         importance_options: name of an estimator -> its options.
         precisions: storage formats whose output error is measured; giving any adds the estimator `output_error`.
-        window_tokens: tokens of one time window; the tokens of one full batch when omitted.
+        window_tokens: tokens of one time window; those of one full row when omitted. A forward pass is never divided, so
+            smaller batches give finer windows.
         resume_path: file that keeps the state of an unfinished run; it stays, complete, so that nothing is lost if what
             follows fails. Delete it when the profile is saved.
         save_every: seconds between writes of that file.
@@ -85,7 +86,7 @@ def profile(
     if "output_error" not in importance and precisions:
         importance = (*importance, "output_error")
     precisions = tuple(dict.fromkeys(precision(p).name for p in precisions))
-    window_tokens = max(1, seq_len * batch_size) if window_tokens is None else window_tokens
+    window_tokens = seq_len if window_tokens is None else window_tokens
     if window_tokens < 1:
         raise TextError(f"window_tokens is {window_tokens}; it must be at least 1.")
     layers = find_moe_layers(model)

@@ -113,10 +113,17 @@ def plan_rows(plan: Plan) -> Rows:
 
 
 def evaluation_rows(evaluation: Evaluation) -> Rows:
-    """What was proved: the file's own fields, with each contender's bytes relative to the base's."""
+    """What was proved: the file's own fields, and what follows from them.
+
+    Each contender also has `bytes_of_base`, and `excess_removed`: the part of the base's LIS above 1 that is gone on its
+    last text (all texts together where there are several); null without texts or excess.
+    """
     rows: Rows = evaluation.model_dump(mode="json", by_alias=True)
     for contender in rows["contenders"]:
         contender["bytes_of_base"] = _number(contender["expert_bytes"] / max(evaluation.base_expert_bytes, 1))
+        text = contender["texts"][-1] if contender["texts"] else None
+        excess = text["lis_base"] - 1 if text else 0.0
+        contender["excess_removed"] = _number(1 - (text["lis"] - 1) / excess) if text and excess > 0 else None
     return rows
 
 

@@ -133,7 +133,22 @@ def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:
     out += [_text_table(i, contenders) for i in range(len(contenders[0]["texts"]) if contenders else 0)]
     if any(c["tasks"] for c in contenders):
         out.append(_task_table(contenders))
-    return out
+    return [*out, *(_conclusion(c) for c in contenders if c["texts"])]
+
+
+def _conclusion(contender: Rows) -> Text:
+    """One contender in one sentence: balance, bytes and perplexity on the last text, which is all of them together."""
+    text = contender["texts"][-1]
+    change = text["perplexity_change"]
+    gone = contender["excess_removed"]
+    verdict = (
+        "" if gone is None else f", {_percent(abs(gone))} {'of the' if gone >= 0 else 'more'} imbalance{' gone' * (gone >= 0)}"
+    )
+    return Text.from_markup(
+        f"[bold]{escape(contender['name'])}[/bold]: LIS {_fixed(text['lis_base'])} -> {_fixed(text['lis'])}{verdict}; "
+        f"{_percent(contender['bytes_of_base'])} of the bytes; perplexity {100 * change['value']:+.2f} % "
+        f"({100 * change['low']:+.2f}..{100 * change['high']:+.2f})"
+    )
 
 
 def _text_table(index: int, contenders: Sequence[Rows]) -> Table:
@@ -184,7 +199,13 @@ def _head(what: str, model: Rows, more: str) -> Text:
 
 def _table(title: str, left: Iterable[str]) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for name in left:
         table.add_column(name, overflow="fold")
