@@ -280,8 +280,8 @@ def balance(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="run directory")] = Path("out/demo"),
-    tokens: Tokens = 6144,
-    heldout_tokens: Annotated[int, typer.Option(help="tokens per domain to judge on")] = 3072,
+    tokens: Tokens = 8192,
+    heldout_tokens: Annotated[int, typer.Option(help="tokens per domain to judge on")] = 4096,
     limit: Limit = 32,
     as_json: Json = False,
     quiet: Quiet = False,
