@@ -243,7 +243,9 @@ def balance(
     ] = None,
     field: Field = "text",
     method: Method = "rq",
-    compare: Annotated[str, typer.Option(help="judged beside it: METHOD or METHOD:DISPATCH, separated by commas")] = "rq-paper",
+    compare: Annotated[
+        str, typer.Option(help="judged beside it, each in memory too: METHOD or METHOD:DISPATCH, separated by commas")
+    ] = "rq-paper",
     units: Units = None,
     error_bound: Annotated[
         float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")
