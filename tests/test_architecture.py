@@ -18,7 +18,7 @@ FLOORS = [
     {"planning", "quantization", "reporting"},
     {"engines", "profiling", "execution"},
     {"evaluation"},
-    {"pipeline"},
+    {"pipeline", "arguments"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -105,6 +105,18 @@ def test_frontier_and_methods(run, profile_file):
     assert {"rq", "rq-paper"} <= {m["name"] for m in json.loads(out)["planning method"]}
 
 
+def test_options_of_estimators_reach_the_profile(run, tiny_model_dir, text, tmp_path):
+    words = ("profile", tiny_model_dir, "--text", text, "--tokens", 300, "--seq-len", 64, "-q", "--precisions", "")
+    for fraction in (0.2, 0.9):
+        status, _, err = run(*words, "--set", f"wanda.fraction={fraction}", "--out", tmp_path / str(fraction))
+        assert status == 0, err
+    few, most = (Profile.load_file(tmp_path / name) for name in ("0.2", "0.9"))
+    assert few.source.options["importance_options"] == {"wanda": {"fraction": 0.2}}
+    assert (few.importance["wanda"] < most.importance["wanda"]).all()
+    refused(run(*words, "--set", "fraction=0.2", "--out", tmp_path / "x"), "ESTIMATOR.NAME=VALUE")
+    refused(run(*words, "--set", "wanda.part=0.2", "--out", tmp_path / "x"), "no option 'part'")
+
+
 def test_dense_model(run, tiny_model_dir, text, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -147,6 +159,7 @@ def test_nan_weights(run, tiny_model_dir, text, tmp_path):
 def test_truncated_profile_and_unknown_method(run, profile_file, tmp_path):
     refused(run("plan", profile_file, "--method", "rq-papr"), "Did you mean 'rq-paper'")
     refused(run("plan", profile_file, "--set", "tolerence=1"), "tolerence")
+    refused(run("plan", profile_file, "--set", "tolerance"), "NAME=VALUE")
     refused(run("plan", profile_file, "--dispatch", "random"), "least_loaded")
     profile_file.write_bytes(profile_file.read_bytes()[:2000])
     refused(run("plan", profile_file, "--out", tmp_path / "plan"), "not a whole equipoise profile")

@@ -12,7 +12,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equipoise import __version__
-from equipoise.errors import EquipoiseError, TextError
+from equipoise.arguments import (
+    BatchSize,
+    Device,
+    Dispatch,
+    Dtype,
+    Field,
+    Json,
+    Limit,
+    Method,
+    Model,
+    Options,
+    Quiet,
+    Scenario,
+    Seed,
+    SeqLen,
+    TaskDir,
+    Tasks,
+    Text,
+    Tokens,
+    Units,
+    estimator_options,
+    names,
+    numbers,
+    plan_options,
+    read,
+    scenario_files,
+)
+from equipoise.errors import EquipoiseError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,32 +51,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Balance the load of Mixture-of-Experts models: record where tokens go, plan copies and bits, apply, prove.",
 )
-
-Model = Annotated[str, typer.Argument(help="model: a local directory, or a hub name")]
-Text = Annotated[list[Path] | None, typer.Option("--text", help="text file (.txt, .jsonl, .gz); may be repeated")]
-Scenario = Annotated[list[str] | None, typer.Option("--scenario", help="a named traffic: NAME=FILE[,FILE...]; may be repeated")]
-Field = Annotated[str, typer.Option(help="key of a .jsonl line that holds the document")]
-Tokens = Annotated[int, typer.Option(help="tokens per scenario to measure on")]
-SeqLen = Annotated[int, typer.Option(help="longest sequence, in tokens")]
-BatchSize = Annotated[int, typer.Option(help="sequences per forward pass")]
-Seed = Annotated[int, typer.Option(help="order of the text and every random sample")]
-Device = Annotated[str, typer.Option(help="where the model runs, as torch names it: cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), fp32, bf16 or fp16")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
-Units = Annotated[
-    int | None, typer.Option(help="parallel units U, such as the ranks of a deployment  [default: the routed experts]")
-]
-Method = Annotated[str, typer.Option(help="planning method; `equipoise methods` lists them")]
-Options = Annotated[
-    list[str] | None, typer.Option("--set", help="option of the method: NAME=VALUE, VALUE as JSON; may be repeated")
-]
-Dispatch = Annotated[str, typer.Option(help="which copy serves which token: even, least_loaded or gate_aware")]
-Tasks = Annotated[list[str] | None, typer.Option("--task", help="lm-eval task such as hellaswag; may be repeated")]
-TaskDir = Annotated[
-    Path | None, typer.Option(help="directory with the tasks' rows as local files, when the hub is out of reach")
-]
-Limit = Annotated[int | None, typer.Option(help="items of each task  [default: all]")]
 
 
 def main() -> None:
@@ -89,6 +90,7 @@ def profile(
     seed: Seed = 0,
     layout: Annotated[str, typer.Option(help="documents (one a row) or packed (joined into full rows)")] = "documents",
     importance: Annotated[str, typer.Option(help="importance estimators, separated by commas")] = "wanda,gate_norm,frequency",
+    options: Annotated[list[str] | None, typer.Option("--set", help="option of an estimator: wanda.fraction=0.3")] = None,
     precisions: Annotated[str, typer.Option(help="formats whose output error is measured")] = "int8,int4",
     window_tokens: Annotated[int | None, typer.Option(help="tokens of one time window  [default: one full row]")] = None,
     device: Device = "cpu",
@@ -97,17 +99,18 @@ def profile(
     quiet: Quiet = False,
 ) -> None:
     """Record where a model sends the tokens of a text, and how much each expert matters."""
-    files = _scenario_files(text, scenario)
+    files = scenario_files(text, scenario)
     from equipoise.profiling.calibrate import profile as measure
     from equipoise.profiling.loading import load_model, load_tokenizer
     from equipoise.reporting.rows import profile_rows
     from equipoise.reporting.tables import profile_tables
 
-    documents = _read(files, field)
+    documents = read(files, field)
     part = out.with_name(f".{out.name}.part")
     result = measure(
         load_model(model, dtype=dtype, device=device), load_tokenizer(model), documents, tokens=tokens, seq_len=seq_len,
-        batch_size=batch_size, seed=seed, layout=layout, importance=_names(importance), precisions=_names(precisions),
+        batch_size=batch_size, seed=seed, layout=layout, importance=names(importance),
+        importance_options=estimator_options(options), precisions=names(precisions),
         window_tokens=window_tokens, resume_path=part, progress=not quiet, name=model, files=files,
     )  # fmt: skip
     result.save(out)
@@ -138,7 +141,7 @@ def plan(
     from equipoise.reporting.rows import plan_rows
     from equipoise.reporting.tables import plan_tables
 
-    given = _plan_options(error_bound, bytes_fraction, options)
+    given = plan_options(error_bound, bytes_fraction, options)
     result = make_plan(Profile.load_file(profile), method, units=units, seed=seed, dispatch=dispatch, **given)
     if out:
         result.save(out)
@@ -161,7 +164,7 @@ def frontier(
     from equipoise.reporting.listing import frontier_table
 
     points = compute(
-        Profile.load_file(profile), bytes_fractions=_numbers(bytes_fractions), error_bounds=_numbers(error_bounds),
+        Profile.load_file(profile), bytes_fractions=numbers(bytes_fractions), error_bounds=numbers(error_bounds),
         units=units, seed=seed,
     )  # fmt: skip
     rows = frontier_rows(points)
@@ -215,12 +218,12 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Prove what balancing did to balance and quality, against the base model, in one run."""
-    files = _scenario_files(text, scenario) if text or scenario else {}
+    files = scenario_files(text, scenario) if text or scenario else {}
     from equipoise.evaluation.evaluate import evaluate as prove
     from equipoise.pipeline import load_balanced
     from equipoise.profiling.loading import load_model, load_tokenizer
 
-    documents = _read(files, field)
+    documents = read(files, field)
     contenders = {name: load_balanced(name, dtype=dtype, device=device) for name in balanced}
     result = prove(
         load_model(base, dtype=dtype, device=device), contenders, load_tokenizer(base), texts=documents, tasks=task or (),
@@ -266,13 +269,13 @@ def balance(
     quiet: Quiet = False,
 ) -> None:
     """The main job in one command: record, plan, apply, save, reload, prove."""
-    files = _scenario_files(text, scenario)
-    held_files = _scenario_files(None, heldout) if heldout else {}
+    files = scenario_files(text, scenario)
+    held_files = scenario_files(None, heldout) if heldout else {}
     from equipoise.pipeline import balance as run
 
     result = run(
-        model, _read(files, field), out, heldout=_read(held_files, field) or None, method=method, compare=_names(compare),
-        units=units, plan_options=_plan_options(error_bound, None, options), dispatch=dispatch, tokens=tokens,
+        model, read(files, field), out, heldout=read(held_files, field) or None, method=method, compare=names(compare),
+        units=units, plan_options=plan_options(error_bound, None, options), dispatch=dispatch, tokens=tokens,
         heldout_tokens=heldout_tokens, seq_len=seq_len, batch_size=batch_size, seed=seed, tasks=task or (), task_dir=task_dir,
         limit=limit, dtype=dtype, device=device, files=files, progress=not quiet, say=_say(quiet),
     )  # fmt: skip
@@ -367,47 +370,3 @@ def _show_evaluation(as_json: bool, evaluation: Any, written: Path | None) -> No
 
 def _say(quiet: bool) -> Any:
     return (lambda text: None) if quiet else (lambda text: print(f"-- {text}", file=sys.stderr, flush=True))
-
-
-def _scenario_files(text: list[Path] | None, scenarios: list[str] | None) -> dict[str, list[str]]:
-    """Scenario -> files, from --text (one scenario named "text") and --scenario NAME=FILE[,FILE...]."""
-    files: dict[str, list[str]] = {"text": [str(path) for path in text]} if text else {}
-    for given in scenarios or ():
-        name, equals, paths = given.partition("=")
-        if not equals or not name or not paths:
-            raise TextError(f"--scenario is '{given}'; it must be NAME=FILE or NAME=FILE,FILE.")
-        files.setdefault(name, []).extend(paths.split(","))
-    if not files:
-        raise TextError("no text given; use --text FILE, or --scenario NAME=FILE for several kinds of traffic.")
-    return files
-
-
-def _read(files: Mapping[str, list[str]], field: str) -> dict[str, list[str]]:
-    from equipoise.profiling.texts import read_documents
-
-    return {name: read_documents(paths, field=field) for name, paths in files.items()}
-
-
-def _names(given: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in given.split(",") if name.strip())
-
-
-def _numbers(given: str) -> list[float]:
-    try:
-        return [float(part) for part in _names(given)]
-    except ValueError as error:
-        raise EquipoiseError(f"'{given}' is not a list of numbers separated by commas.") from error
-
-
-def _plan_options(error_bound: float | None, bytes_fraction: float | None, options: list[str] | None) -> dict[str, Any]:
-    named = {"error_bound": error_bound, "bytes_fraction": bytes_fraction}
-    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    for option in options or ():
-        name, equals, value = option.partition("=")
-        if not equals or not name:
-            raise EquipoiseError(f"--set is '{option}'; it must be NAME=VALUE.")
-        try:
-            given[name.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            given[name.replace("-", "_")] = value
-    return given

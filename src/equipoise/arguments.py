@@ -1,0 +1,102 @@
+"""What the command's options are and what their text means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from equipoise.errors import EquipoiseError, TextError
+
+Model = Annotated[str, typer.Argument(help="model: a local directory, or a hub name")]
+Text = Annotated[list[Path] | None, typer.Option("--text", help="text file (.txt, .jsonl, .gz); may be repeated")]
+Scenario = Annotated[list[str] | None, typer.Option("--scenario", help="a named traffic: NAME=FILE[,FILE...]; may be repeated")]
+Field = Annotated[str, typer.Option(help="key of a .jsonl line that holds the document")]
+Tokens = Annotated[int, typer.Option(help="tokens per scenario to measure on")]
+SeqLen = Annotated[int, typer.Option(help="longest sequence, in tokens")]
+BatchSize = Annotated[int, typer.Option(help="sequences per forward pass")]
+Seed = Annotated[int, typer.Option(help="order of the text and every random sample")]
+Device = Annotated[str, typer.Option(help="where the model runs, as torch names it: cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), fp32, bf16 or fp16")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
+Units = Annotated[
+    int | None, typer.Option(help="parallel units U, such as the ranks of a deployment  [default: the routed experts]")
+]
+Method = Annotated[str, typer.Option(help="planning method; `equipoise methods` lists them")]
+Options = Annotated[
+    list[str] | None, typer.Option("--set", help="option of the method: NAME=VALUE, VALUE as JSON; may be repeated")
+]
+Dispatch = Annotated[str, typer.Option(help="which copy serves which token: even, least_loaded or gate_aware")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="lm-eval task such as hellaswag; may be repeated")]
+TaskDir = Annotated[
+    Path | None, typer.Option(help="directory with the tasks' rows as local files, when the hub is out of reach")
+]
+Limit = Annotated[int | None, typer.Option(help="items of each task  [default: all]")]
+
+
+def scenario_files(text: list[Path] | None, scenarios: list[str] | None) -> dict[str, list[str]]:
+    """Scenario -> files, from --text (one scenario named "text") and --scenario NAME=FILE[,FILE...]."""
+    files: dict[str, list[str]] = {"text": [str(path) for path in text]} if text else {}
+    for given in scenarios or ():
+        name, equals, paths = given.partition("=")
+        if not equals or not name or not paths:
+            raise TextError(f"--scenario is '{given}'; it must be NAME=FILE or NAME=FILE,FILE.")
+        files.setdefault(name, []).extend(paths.split(","))
+    if not files:
+        raise TextError("no text given; use --text FILE, or --scenario NAME=FILE for several kinds of traffic.")
+    return files
+
+
+def read(files: Mapping[str, list[str]], field: str) -> dict[str, list[str]]:
+    """The documents of each scenario's files."""
+    from equipoise.profiling.texts import read_documents
+
+    return {name: read_documents(paths, field=field) for name, paths in files.items()}
+
+
+def names(given: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in given.split(",") if name.strip())
+
+
+def numbers(given: str) -> list[float]:
+    """Numbers separated by commas."""
+    try:
+        return [float(part) for part in names(given)]
+    except ValueError as error:
+        raise EquipoiseError(f"'{given}' is not a list of numbers separated by commas.") from error
+
+
+def plan_options(error_bound: float | None, bytes_fraction: float | None, options: list[str] | None) -> dict[str, Any]:
+    """Options of a planning method: those that have a flag of their own, and --set NAME=VALUE."""
+    named = {"error_bound": error_bound, "bytes_fraction": bytes_fraction}
+    return {name: value for name, value in named.items() if value is not None} | _assignments(options)
+
+
+def estimator_options(options: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Estimator -> its options, from --set ESTIMATOR.NAME=VALUE."""
+    nested: dict[str, dict[str, Any]] = {}
+    for path, value in _assignments(options).items():
+        estimator, dot, name = path.partition(".")
+        if not dot or not name:
+            raise EquipoiseError(f"--set names '{path}'; here it must be ESTIMATOR.NAME=VALUE, such as wanda.fraction=0.3.")
+        nested.setdefault(estimator, {})[name] = value
+    return nested
+
+
+def _assignments(options: list[str] | None) -> dict[str, Any]:
+    """Name -> value, from --set NAME=VALUE; a value that is not JSON is a word."""
+    given: dict[str, Any] = {}
+    for option in options or ():
+        name, equals, value = option.partition("=")
+        if not equals or not name:
+            raise EquipoiseError(f"--set is '{option}'; it must be NAME=VALUE.")
+        try:
+            given[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name.replace("-", "_")] = value
+    return given
