@@ -182,7 +182,15 @@ def test_progress_reaches_the_number_of_requests(task_dir: Path, model: Any, tok
     assert {total for _, total in seen} == {12}
 
 
-def test_nothing_is_printed(task_dir: Path, model: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed(
+    task_dir: Path,
+    model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no repository here, of which git would complain
     run(load("piqa", task_dir), model, tokenizer)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""

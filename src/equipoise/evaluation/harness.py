@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import lm_eval.api.task
+import lm_eval.evaluator
 import torch
 from lm_eval.models.huggingface import HFLM
 
@@ -27,8 +28,10 @@ def quiet() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in names}
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    tqdm = lm_eval.api.task.tqdm
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # the bar over building prompts has no switch of its own
+    tqdm, commit = lm_eval.api.task.tqdm, lm_eval.evaluator.get_git_commit_hash
+    # Two that have no switch: the bar over building prompts, and git's complaint outside of a repository.
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -36,7 +39,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        lm_eval.api.task.tqdm = tqdm
+        lm_eval.api.task.tqdm, lm_eval.evaluator.get_git_commit_hash = tqdm, commit
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         if not bars:
