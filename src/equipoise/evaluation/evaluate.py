@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +20,7 @@ from equipoise.evaluation.tasks import ItemScores, LoadedTask, load_tasks, run_t
 from equipoise.execution.apply import expert_bytes
 from equipoise.execution.hf_quantizer import plan_of
 from equipoise.models.layers import model_facts
+from equipoise.profiling.forward import evaluation_mode
 from equipoise.profiling.progress import ProgressBar
 from equipoise.profiling.sequences import Rows
 
@@ -116,7 +117,7 @@ def evaluate(
     directory = None if task_dir is None else Path(task_dir)
     loaded = load_tasks(tasks, task_dir=directory, limit=limit, num_fewshot=num_fewshot)
 
-    with _evaluation_mode([reference, *entrants]), ProgressBar(progress) as bar:
+    with evaluation_mode(base, *contenders.values()), ProgressBar(progress) as bar:
         found = [_run_text(rows, reference, entrants, units, batch_size, bar) for rows in cut.values()]
         for text in [*found, _together(found)] if len(found) > 1 else found:
             _report_text(text, entrants)
@@ -262,16 +263,3 @@ def _run_task(task: LoadedTask, base: _Entrant, entrants: list[_Entrant], units:
                 lis_paper=balance.lis_paper,
             )
         )
-
-
-@contextmanager
-def _evaluation_mode(entrants: Sequence[_Entrant]) -> Iterator[None]:
-    """No dropout while measuring; the models' own mode afterwards."""
-    training = [(entrant.model, entrant.model.training) for entrant in entrants]
-    for model, _ in training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in training:
-            model.train(mode)

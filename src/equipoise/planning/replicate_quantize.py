@@ -15,8 +15,8 @@ from equipoise.planning.search import solve
 from equipoise.precisions import precision
 
 ERROR_BOUND = 0.05
-"""Default bound on the relative RMS error of the layers' routed output: on the reference model the loosest bound tried at
-which the whole 95 % interval of the change of perplexity stays below 0.5 % while held-out imbalance still falls."""
+"""Default bound on the relative RMS error of the layers' routed output. Of 0.03, 0.05 and 0.08, tried on the reference
+model, the smallest that removed 85 % of held-out imbalance; perplexity then changed by +0.16 % (-0.01..+0.33)."""
 
 
 def rq(

@@ -5,8 +5,7 @@ Shapes: S scenarios, L MoE layers, E logical experts of the widest layer, T toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from equipoise.models.layers import MoELayer, check_weights, find_moe_layers, mo
 from equipoise.models.recorder import Recorder, record
 from equipoise.models.tokens import TokenBatch
 from equipoise.precisions import precision
-from equipoise.profiling.forward import run_batch
+from equipoise.profiling.forward import evaluation_mode, run_batch
 from equipoise.profiling.importance import Context, Estimator, Measured, Observation, make_estimators
 from equipoise.profiling.progress import ProgressBar
 from equipoise.profiling.resume import Arrays, Checkpoint, with_prefix, without_prefix
@@ -114,7 +113,7 @@ def profile(
     estimators = make_estimators(importance, Context(model, layers, batches, precisions, seed), importance_options)
     recorder = record(model, scenarios=list(scenarios), window_tokens=window_tokens)
     run = _Run(model, batches, recorder, estimators, Checkpoint(resume_path, identity, save_every))
-    with _evaluation_mode(model), ProgressBar(progress) as bar:
+    with evaluation_mode(model), ProgressBar(progress) as bar:
         measured = run.go(bar)
     options["remarks"] = {key: dict(result.remarks) for key, result in measured.items() if result.remarks}
     return Profile(
@@ -222,16 +221,6 @@ def _check_logits(output: Any, batch: Batch) -> None:
         raise ModelError(
             f"the model's logits are not finite numbers (scenario '{batch.scenario}'); check its weights and dtype."
         )
-
-
-@contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _merged(measured: Mapping[str, Measured]) -> dict[str, Any]:

@@ -6,12 +6,27 @@ Shapes: B rows, S positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from equipoise.errors import ModelError
 from equipoise.profiling.sequences import IGNORED, Batch
+
+
+@contextmanager
+def evaluation_mode(*models: Any) -> Iterator[None]:
+    """No dropout while measuring; each model's own mode afterwards."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
 
 
 def run_batch(model: Any, batch: Batch, *, all_logits: bool) -> Any:
