@@ -2,12 +2,12 @@
 # make test    the test suite
 # make lint    ruff and mypy
 # make bench   every benchmark in benchmarks/, with the defaults its page quotes
-# Each target makes its own environment in .venv from constraints.txt; PYTHON=... picks the interpreter.
+# Each target makes its own environment in .venv from constraints.txt; PYTHON=... picks the interpreter, WORKERS=2 tests on two cores.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= 0
 
 .PHONY: demo test lint bench clean
 
