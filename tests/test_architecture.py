@@ -16,9 +16,10 @@ FLOORS = [
     {"artifacts"},
     {"models"},
     {"planning", "quantization", "reporting"},
-    {"engines", "profiling", "execution"},
+    {"engines", "simulation", "profiling", "execution"},
     {"evaluation"},
-    {"pipeline", "arguments"},
+    {"pipeline", "arguments", "lab"},
+    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -73,6 +73,22 @@ def gini(load: ArrayLike, width: ArrayLike | None = None) -> Array:
     return _safe_divide(weighted, n * values.sum(-1))
 
 
+def jensen_shannon(first: ArrayLike, second: ArrayLike) -> Array:
+    """Jensen-Shannon divergence of two loads in bits: 0 for equal shares, 1 for disjoint ones.
+
+    Args:
+        first, second: [..., E] loads; each is scaled to shares.
+
+    Returns:
+        [...] divergences; nan where either served nothing. Source: Lin (1991), equation 4.1 with equal weights.
+    """
+    p, q = (_safe_divide(v, v.sum(-1, keepdims=True)) for v in (np.asarray(x, np.float64) for x in (first, second)))
+    middle = (p + q) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = [np.where(one > 0, one * np.log2(one / middle), np.where(np.isnan(one), np.nan, 0.0)) for one in (p, q)]
+    return np.asarray((terms[0] + terms[1]).sum(-1) / 2)
+
+
 def cumulative_lis(windows: ArrayLike, width: ArrayLike | None = None) -> Array:
     """LIS of all windows up to and including each one.
 

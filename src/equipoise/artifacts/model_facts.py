@@ -18,7 +18,9 @@ class LayerFacts(BaseModel):
     num_experts: int = Field(ge=1, description="routed experts")
     top_k: int = Field(ge=1, description="routed experts that a token is sent to")
     num_shared: int = Field(default=0, ge=0, description="shared experts, which are never copied or quantized here")
-    matrices: tuple[tuple[int, int], ...] = Field(description="[rows, columns] of each weight matrix of one expert")
+    matrices: tuple[tuple[int, int], ...] = Field(
+        description="[rows, columns] of each weight matrix of one expert; empty when recorded loads are all that is known"
+    )
     vector_elements: int = Field(default=0, ge=0, description="elements of one expert's biases and norms")
 
     def expert_bytes(self, precision: Precision) -> int:
@@ -36,6 +38,15 @@ class ModelFacts(BaseModel):
     dtype: str = Field(description="storage format of the experts as loaded: fp32, fp16 or bf16")
     fingerprint: str = Field(description="hash of the configuration and of a sample of all weights")
     layers: tuple[LayerFacts, ...] = Field(min_length=1)
+    hidden_layers: int = Field(
+        default=0, ge=0, description="transformer layers of the decoder, dense ones counted; 0 = unknown"
+    )
+    expert_groups: int = Field(default=1, ge=1, description="groups that group-limited routing divides the experts into")
+
+    @property
+    def sized(self) -> bool:
+        """Whether the shapes of the experts are known, so that bytes can be counted."""
+        return all(layer.matrices for layer in self.layers)
 
     @property
     def max_experts(self) -> int:

@@ -51,6 +51,11 @@ class LayerPlan(BaseModel):
         """Physical slots of the layer."""
         return len(self.experts)
 
+    @property
+    def duplicates(self) -> int:
+        """Slots beyond the first of an expert on one unit; they serve nothing that the first could not."""
+        return self.num_slots - len(set(zip(self.experts, self.units, strict=True)))
+
     def slot_load(self, load_E: NDArray[Any]) -> Floats:
         """[..., P] tokens that each slot serves when its expert's tokens are split by the shares."""
         return np.asarray(np.asarray(load_E, np.float64)[..., list(self.experts)] * np.asarray(self.shares))
@@ -65,6 +70,26 @@ class LayerPlan(BaseModel):
         """[P] bytes of each slot, scales counted."""
         size = {name: facts.expert_bytes(precision(name)) for name in set(self.precisions)}
         return np.array([size[name] for name in self.precisions], np.int64)
+
+
+class LayerForecast(BaseModel):
+    """What is expected of one layer's placement on ranks; ratios of the largest rank load to the mean, so 1 is balance.
+
+    Attributes:
+        in_sample: on the whole profile that the plan was made from.
+        out_of_sample: mean over scenarios (or windows) that the layer's plan was made without; None when not cross-validated.
+        lower_bound: proven: no placement of as many slots has a lower `in_sample`.
+        duplicates: slots beyond the first of an expert on one rank, which serve nothing.
+        moved: slots whose expert was not on their rank in the current plan; None when there is none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    in_sample: float
+    out_of_sample: float | None = None
+    lower_bound: float
+    duplicates: int = 0
+    moved: int | None = None
 
 
 class Predicted(BaseModel):
@@ -83,6 +108,8 @@ class Predicted(BaseModel):
     bytes: int = Field(description="bytes of all slots, scales counted")
     budget_bytes: int = Field(description="bytes of all units together")
     overrun_bytes: int = Field(description="bytes by which the fullest unit exceeds its share; 0 when the plan fits")
+    layers: tuple[LayerForecast, ...] = Field(default=(), description="each layer's forecast; rank placements alone have it")
+    note: str = Field(default="", description="what the planner wants read, such as why it kept the engine's default")
 
     @property
     def gap(self) -> float:
@@ -95,7 +122,9 @@ class Plan(BaseModel):
 
     Attributes:
         method, options, seed: how it was made; the same profile, options and seed give the same plan.
-        units: parallel units U of every layer.
+        units: parallel units U of every layer; the ranks of a placement.
+        nodes: machines that the units are divided among in equal, contiguous parts.
+        allows_duplicates: two slots of one expert on one unit are let through, as published placement algorithms make them.
         unit_bytes: what one unit holds at most, over all layers together.
         dispatch: which copy serves which token (`even` = by shares, deterministic in a token's own position).
         exactness: `exact` when every slot keeps the model's own precision, else `weights`.
@@ -112,6 +141,8 @@ class Plan(BaseModel):
     routing_policy: str = "native"
     model: ModelFacts
     units: int = Field(ge=1)
+    nodes: int = Field(default=1, ge=1)
+    allows_duplicates: bool = False
     unit_bytes: int = Field(ge=1)
     dispatch: Dispatch = "even"
     exactness: Exactness
@@ -124,8 +155,10 @@ class Plan(BaseModel):
             raise ValueError(f"schema is '{self.schema_version}'; this version reads '{SCHEMA}'")
         if len(self.layers) != len(self.model.layers):
             raise ValueError(f"layers: the plan has {len(self.layers)} layers, its model has {len(self.model.layers)}")
+        if self.units % self.nodes:
+            raise ValueError(f"nodes: {self.units} units cannot be divided among {self.nodes} nodes evenly")
         for index, (layer, facts) in enumerate(zip(self.layers, self.model.layers, strict=True)):
-            problem = _problem(layer, facts.num_experts, self.units)
+            problem = _problem(layer, facts.num_experts, self.units, self.allows_duplicates)
             if problem:
                 raise ValueError(f"layers.{index}.{problem}")
         native = {self.model.dtype}
@@ -225,7 +258,7 @@ class Plan(BaseModel):
         return cls.from_json(text, str(path))
 
 
-def _problem(layer: LayerPlan, num_experts: int, units: int) -> str | None:
+def _problem(layer: LayerPlan, num_experts: int, units: int, allows_duplicates: bool) -> str | None:
     """What is wrong with one layer's slots, starting with the column's name; None when nothing is."""
     sizes = {name: len(getattr(layer, name)) for name in ("experts", "precisions", "units", "shares")}
     if len(set(sizes.values())) != 1:
@@ -240,7 +273,7 @@ def _problem(layer: LayerPlan, num_experts: int, units: int) -> str | None:
         if not 0 <= unit < units:
             return f"units: unit {unit} is out of range 0..{units - 1}"
     (expert, unit), often = Counter(zip(layer.experts, layer.units, strict=True)).most_common(1)[0]
-    if often > 1:
+    if often > 1 and not allows_duplicates:
         return f"experts: expert {expert} has {often} slots on unit {unit}; a second copy there serves nothing"
     for name in sorted(set(layer.precisions)):
         try:

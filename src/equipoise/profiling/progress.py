@@ -45,6 +45,11 @@ class ProgressBar:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(description, total=total, completed=done, unit=unit)
 
+    def describe(self, description: str) -> None:
+        """Say something else beside the bar of the stage."""
+        if self._task is not None:
+            self._progress.update(self._task, description=description)
+
     def advance(self, amount: float) -> None:
         """Some more of the stage is done."""
         if self._task is not None:

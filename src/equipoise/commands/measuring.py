@@ -1,0 +1,134 @@
+"""Commands that run a model: profile, apply, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from equipoise.arguments import (
+    BatchSize,
+    Device,
+    Dtype,
+    Field,
+    Json,
+    Limit,
+    Model,
+    Quiet,
+    Scenario,
+    Seed,
+    SeqLen,
+    TaskDir,
+    Tasks,
+    Text,
+    Tokens,
+    Units,
+    estimator_options,
+    names,
+    read,
+    scenario_files,
+)
+from equipoise.commands.show import show, show_evaluation
+
+
+def profile(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="file to write, such as x.profile.safetensors")],
+    text: Text = None,
+    scenario: Scenario = None,
+    field: Field = "text",
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    layout: Annotated[str, typer.Option(help="documents (one a row) or packed (joined into full rows)")] = "documents",
+    importance: Annotated[str, typer.Option(help="importance estimators, separated by commas")] = "wanda,gate_norm,frequency",
+    options: Annotated[list[str] | None, typer.Option("--set", help="option of an estimator: wanda.fraction=0.3")] = None,
+    precisions: Annotated[str, typer.Option(help="formats whose output error is measured")] = "int8,int4",
+    window_tokens: Annotated[int | None, typer.Option(help="tokens of one time window  [default: one full row]")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Record where a model sends the tokens of a text, and how much each expert matters."""
+    files = scenario_files(text, scenario)
+    from equipoise.profiling.calibrate import profile as measure
+    from equipoise.profiling.loading import load_model, load_tokenizer
+    from equipoise.reporting.rows import profile_rows
+    from equipoise.reporting.tables import profile_tables
+
+    documents = read(files, field)
+    part = out.with_name(f".{out.name}.part")
+    result = measure(
+        load_model(model, dtype=dtype, device=device), load_tokenizer(model), documents, tokens=tokens, seq_len=seq_len,
+        batch_size=batch_size, seed=seed, layout=layout, importance=names(importance),
+        importance_options=estimator_options(options), precisions=names(precisions),
+        window_tokens=window_tokens, resume_path=part, progress=not quiet, name=model, files=files,
+    )  # fmt: skip
+    result.save(out)
+    part.unlink(missing_ok=True)
+    show(as_json, profile_rows(result), profile_tables(result), out)
+
+
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="a plan made for this model")],
+    out: Annotated[Path, typer.Option(help="directory to write the balanced model to")],
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Carry a plan out on a model and save the balanced model."""
+    from equipoise.artifacts import Plan
+    from equipoise.execution.apply import apply_plan, expert_bytes
+    from equipoise.execution.checkpoint import save_balanced
+    from equipoise.profiling.loading import load_model, load_tokenizer
+
+    decided = Plan.load_file(plan)
+    balanced = load_model(model, dtype=dtype, device=device)
+    before = expert_bytes(balanced)
+    save_balanced(apply_plan(balanced, decided), load_tokenizer(model), out)
+    after = expert_bytes(balanced)
+    rows = {"directory": str(out), "expert_bytes_before": before, "expert_bytes": after, "exactness": decided.exactness}
+    show(as_json, rows, [f"bytes of experts: {before:,} before, {after:,} after (measured from the tensors)"], out)
+
+
+def evaluate(
+    base: Annotated[str, typer.Argument(help="the model as it was")],
+    balanced: Annotated[list[str], typer.Argument(help="directories of balanced models")],
+    out: Annotated[Path | None, typer.Option(help="file to write, such as x.eval.json")] = None,
+    text: Text = None,
+    scenario: Scenario = None,
+    field: Field = "text",
+    tokens: Annotated[int | None, typer.Option(help="tokens per scenario  [default: all]")] = None,
+    task: Tasks = None,
+    task_dir: TaskDir = None,
+    limit: Limit = None,
+    num_fewshot: Annotated[int, typer.Option(help="worked examples before each item")] = 0,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    units: Units = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove what balancing did to balance and quality, against the base model, in one run."""
+    files = scenario_files(text, scenario) if text or scenario else {}
+    from equipoise.evaluation.evaluate import evaluate as prove
+    from equipoise.pipeline import load_balanced
+    from equipoise.profiling.loading import load_model, load_tokenizer
+
+    documents = read(files, field)
+    contenders = {name: load_balanced(name, dtype=dtype, device=device) for name in balanced}
+    result = prove(
+        load_model(base, dtype=dtype, device=device), contenders, load_tokenizer(base), texts=documents, tasks=task or (),
+        task_dir=task_dir, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size, seq_len=seq_len, tokens=tokens,
+        seed=seed, units=units, base_name=base, progress=not quiet,
+    )  # fmt: skip
+    if out:
+        result.save(out)
+    show_evaluation(as_json, result, out)

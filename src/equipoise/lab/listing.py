@@ -1,0 +1,45 @@
+"""The shelf as a table: what was measured of each model when it was put there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from equipoise.lab.card import FACTS
+from equipoise.lab.shelf import names, path
+
+
+def shelf_rows() -> list[dict[str, Any]]:
+    """One row a model: its name and the figures of its card."""
+    rows = []
+    for name in names():
+        facts = json.loads((path(name) / FACTS).read_text())["judgement"]
+        wanted = (
+            "parameters",
+            "active_parameters",
+            "perplexity",
+            "trigram_perplexity",
+            "dense_perplexity",
+            "lis",
+            "divergence",
+        )
+        rows.append({"name": name, **{key: facts[key] for key in (*wanted, "importance_correlation")}})
+    return rows
+
+
+def shelf_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    table = Table(title="shelf: small models for tests and measurements, measured on held-out text")
+    heads = ("model", "parameters", "active", "perplexity", "trigram", "dense", "LIS", "JS between domains", "removal ~ load")
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left")
+    for row in rows:
+        dense = row["dense_perplexity"]
+        table.add_row(
+            row["name"], f"{row['parameters']:,}", f"{row['active_parameters']:,}", f"{row['perplexity']:.1f}",
+            f"{row['trigram_perplexity']:.1f}", "-" if dense is None else f"{dense:.1f}", f"{row['lis']:.2f}",
+            f"{row['divergence']:.3f}", f"{row['importance_correlation']:+.2f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,98 @@
+"""Held-out loss and balance by domain, measured while a model trains and once it is trained.
+
+Shapes: D domains, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equipoise.errors import ModelError
+from equipoise.metrics import lis, maxvio
+from equipoise.models.layers import find_moe_layers
+from equipoise.models.recorder import record
+from equipoise.profiling.forward import evaluation_mode, negative_log_likelihood
+from equipoise.profiling.sequences import Rows, make_batches
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """What a model does on held-out rows.
+
+    Attributes:
+        nll_D, scored_D: summed negative log-likelihood in nats, and tokens it is over, by domain name.
+        load_DLE: [D, L, E] selections of each expert; no layers for a dense model.
+        width_L: [L] routed experts of each layer.
+    """
+
+    nll_D: dict[str, float]
+    scored_D: dict[str, int]
+    load_DLE: NDArray[np.int64]
+    width_L: NDArray[np.int64]
+
+    @property
+    def perplexity(self) -> float:
+        """Over the tokens of all domains together."""
+        return math.exp(sum(self.nll_D.values()) / sum(self.scored_D.values()))
+
+    def domain_perplexity(self) -> dict[str, float]:
+        """By domain."""
+        return {name: math.exp(nll / self.scored_D[name]) for name, nll in self.nll_D.items()}
+
+    def balance(self) -> dict[str, list[float]]:
+        """LIS and MaxVio of each MoE layer, all domains together; empty for a dense model."""
+        if not self.width_L.size:
+            return {}
+        load_LE = self.load_DLE.sum(0)
+        width = self.width_L
+        return {"lis": lis(load_LE, width).tolist(), "maxvio": maxvio(load_LE, width).tolist()}
+
+    def domain_lis(self) -> dict[str, float]:
+        """Mean LIS over layers of each domain alone; empty for a dense model."""
+        if not self.width_L.size:
+            return {}
+        return {name: float(lis(load, self.width_L).mean()) for name, load in zip(self.nll_D, self.load_DLE, strict=True)}
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for a log."""
+        told: dict[str, Any] = {"perplexity": self.perplexity, "domain_perplexity": self.domain_perplexity()}
+        return told | self.balance() | ({"domain_lis": self.domain_lis()} if self.width_L.size else {})
+
+
+def measure(model: Any, heldout: Mapping[str, Rows], *, batch_size: int = 8) -> HeldOut:
+    """Run held-out rows and record loss and load; the model's mode and weights are left as they were.
+
+    Args:
+        model: a transformers model, dense or MoE.
+        heldout: domain -> rows.
+        batch_size: rows of one forward pass.
+    """
+    nll = dict.fromkeys(heldout, 0.0)
+    scored = dict.fromkeys(heldout, 0)
+    with evaluation_mode(model):
+        try:
+            layers = find_moe_layers(model)
+        except ModelError:  # a dense model has loss alone
+            layers = ()
+        recorder = record(model, scenarios=tuple(heldout), transitions=False, coactivation=False) if layers else None
+        if recorder is not None:
+            recorder.__enter__()
+        try:
+            for name, rows in heldout.items():
+                if recorder is not None:
+                    recorder.scenario = name
+                for batch in make_batches(rows, batch_size):
+                    total, count = negative_log_likelihood(model, batch)
+                    nll[name] += total
+                    scored[name] += count
+        finally:
+            if recorder is not None:
+                recorder.__exit__(None, None, None)
+    load = recorder.counts.sum(1) if recorder is not None else np.zeros((len(heldout), 0, 0), np.int64)
+    return HeldOut(nll, scored, load, np.array([layer.num_experts for layer in layers], np.int64))

@@ -1,0 +1,85 @@
+"""A finished run goes on a shelf, is judged there, and loads; its first steps can be repeated."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from equipoise import lab
+from equipoise.cli import app
+from equipoise.errors import EquipoiseError
+from equipoise.lab.card import shelve
+from equipoise.lab.recipe import RecipeError
+from equipoise.lab.training import train
+from equipoise.lab.verify import repeat
+
+
+@pytest.fixture(scope="module")
+def stocked(make_recipe, lab_data, tmp_path_factory):
+    place = tmp_path_factory.mktemp("shelf")
+    recipe = make_recipe(steps=40, learning_rate=0.01)
+    train(recipe, lab_data, place / "runs/moe", progress=False)
+    train(make_recipe("llama", steps=40, learning_rate=0.01), lab_data, place / "runs/dense", progress=False)
+    found = shelve(recipe, place / "runs/moe", lab_data, place / "shelf/tiny", dense_run=place / "runs/dense", progress=False)
+    return recipe, place, found
+
+
+def test_the_judgement_is_measured_on_what_is_stored(stocked, monkeypatch):
+    recipe, place, found = stocked
+    monkeypatch.setenv("EQUIPOISE_SHELF", str(place / "shelf"))
+    model, tokenizer = lab.load("tiny")
+    assert model.dtype == torch.bfloat16
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.active_parameters < found.parameters - model.get_input_embeddings().weight.numel()
+    assert found.perplexity < len(tokenizer) / 2, "it learned something"
+    assert set(found.domain_perplexity) == {"up", "down"} == set(found.trigram_domain_perplexity)
+    assert found.divergence_max >= found.divergence > 0
+    assert set(found.divergence_pair) == {"up", "down"}
+    assert -1 <= found.importance_correlation <= 1
+    assert found.dense_perplexity is not None
+    card = (place / "shelf/tiny/README.md").read_text()
+    for wanted in (f"{found.perplexity:.1f}", "made up", "configs/tiny.toml", "40 steps", "Dense model beside it"):
+        assert wanted in card
+    kept = json.loads((place / "shelf/tiny/card.json").read_text())
+    assert kept["judgement"] == found.model_dump(mode="json")
+    assert kept["recipe"] == recipe.fingerprint()
+
+
+def test_the_first_steps_repeat_bit_for_bit_and_a_difference_is_found(stocked, lab_data, monkeypatch, tmp_path):
+    recipe, place, _ = stocked
+    monkeypatch.setenv("EQUIPOISE_SHELF", str(place / "shelf"))
+    again = repeat(recipe, lab_data, steps=10, progress=False)
+    assert again.equal
+    assert again.steps == 10
+    losses = json.loads((place / "shelf/tiny/losses.json").read_text())
+    losses[3] += 1e-9
+    (tmp_path / "other.json").write_text(json.dumps(losses))
+    other = repeat(recipe, lab_data, steps=10, against=tmp_path / "other.json", progress=False)
+    assert other.first_difference == 4
+    assert other.largest_difference == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_the_command_lists_the_shelf(stocked, monkeypatch):
+    _, place, found = stocked
+    monkeypatch.setenv("EQUIPOISE_SHELF", str(place / "shelf"))
+    told = CliRunner().invoke(app, ["lab", "list", "--json"])
+    rows = json.loads(told.stdout)["shelf"]
+    assert [row["name"] for row in rows] == ["tiny"]
+    assert rows[0]["perplexity"] == found.perplexity
+
+
+def test_what_is_not_there_is_said(stocked, monkeypatch, tmp_path, lab_data):
+    recipe, place, _ = stocked
+    monkeypatch.setenv("EQUIPOISE_SHELF", str(place / "shelf"))
+    with pytest.raises(EquipoiseError, match="there are: tiny"):
+        lab.load("huge")
+    with pytest.raises(RecipeError, match="is not done"):
+        shelve(recipe, tmp_path, lab_data, tmp_path / "out")
+    with pytest.raises(RecipeError, match="losses to compare with"):
+        repeat(recipe, lab_data, steps=2, against=tmp_path / "none.json")
+    monkeypatch.setenv("EQUIPOISE_SHELF", str(tmp_path / "nowhere"))
+    with pytest.raises(EquipoiseError, match="not in the wheel"):
+        lab.names()
