@@ -2,7 +2,7 @@
 
 from equipoise.artifacts.evaluation import Evaluation
 from equipoise.artifacts.model_facts import LayerFacts, ModelFacts
-from equipoise.artifacts.plan import LayerPlan, Plan, Predicted
+from equipoise.artifacts.plan import LayerForecast, LayerPlan, Plan, Predicted
 from equipoise.artifacts.profile import Profile, Source
 
-__all__ = ["Evaluation", "LayerFacts", "LayerPlan", "ModelFacts", "Plan", "Predicted", "Profile", "Source"]
+__all__ = ["Evaluation", "LayerFacts", "LayerForecast", "LayerPlan", "ModelFacts", "Plan", "Predicted", "Profile", "Source"]

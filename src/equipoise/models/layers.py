@@ -159,12 +159,15 @@ def model_facts(model: PreTrainedModel, name: str, layers: tuple[MoELayer, ...] 
         ModelError: no MoE layers, or weights without data (meta device).
     """
     layers = find_moe_layers(model) if layers is None else layers
+    text = model.config.get_text_config(decoder=True)
     return ModelFacts(
         name=name,
         model_type=str(model.config.model_type),
         dtype=layers[0].dtype,
         fingerprint=fingerprint(model),
         layers=tuple(layer.facts for layer in layers),
+        hidden_layers=getattr(text, "num_hidden_layers", None) or 0,
+        expert_groups=getattr(text, "n_group", None) or 1,
     )
 
 
