@@ -27,6 +27,9 @@ Units = Annotated[
     int | None, typer.Option(help="parallel units U, such as the ranks of a deployment  [default: the routed experts]")
 ]
 Method = Annotated[str, typer.Option(help="planning method; `equipoise methods` lists them")]
+Ranks = Annotated[int | None, typer.Option(help="ranks to place experts on (expert-parallel devices)")]
+Nodes = Annotated[int, typer.Option(help="machines that the ranks are divided among evenly")]
+Phase = Annotated[str, typer.Option(help="traffic to go by: all, prefill or decode")]
 Options = Annotated[
     list[str] | None, typer.Option("--set", help="option of the method: NAME=VALUE, VALUE as JSON; may be repeated")
 ]
@@ -58,9 +61,31 @@ def read(files: Mapping[str, list[str]], field: str) -> dict[str, list[str]]:
     return {name: read_documents(paths, field=field) for name, paths in files.items()}
 
 
+def one_model(given: list[str]) -> str:
+    """The model of a command that could also be given files of an engine."""
+    if len(given) != 1:
+        raise EquipoiseError(
+            f"{len(given)} models given ({', '.join(given[:3])}); give one, or --from ENGINE to read its records."
+        )
+    return given[0]
+
+
 def names(given: str) -> tuple[str, ...]:
     """Names separated by commas."""
     return tuple(name.strip() for name in given.split(",") if name.strip())
+
+
+def slot_counts(given: str | None) -> int | list[int] | None:
+    """Physical slots per layer, from "288" or one number per layer separated by commas."""
+    if given is None:
+        return None
+    try:
+        counts = [int(part) for part in names(given)]
+    except ValueError as error:
+        raise EquipoiseError(
+            f"--slots is '{given}'; it must be a whole number, or one per layer separated by commas."
+        ) from error
+    return counts[0] if len(counts) == 1 else counts
 
 
 def numbers(given: str) -> list[float]:
@@ -74,13 +99,13 @@ def numbers(given: str) -> list[float]:
 def plan_options(error_bound: float | None, bytes_fraction: float | None, options: list[str] | None) -> dict[str, Any]:
     """Options of a planning method: those that have a flag of their own, and --set NAME=VALUE."""
     named = {"error_bound": error_bound, "bytes_fraction": bytes_fraction}
-    return {name: value for name, value in named.items() if value is not None} | _assignments(options)
+    return {name: value for name, value in named.items() if value is not None} | assignments(options)
 
 
 def estimator_options(options: list[str] | None) -> dict[str, dict[str, Any]]:
     """Estimator -> its options, from --set ESTIMATOR.NAME=VALUE."""
     nested: dict[str, dict[str, Any]] = {}
-    for path, value in _assignments(options).items():
+    for path, value in assignments(options).items():
         estimator, dot, name = path.partition(".")
         if not dot or not name:
             raise EquipoiseError(f"--set names '{path}'; here it must be ESTIMATOR.NAME=VALUE, such as wanda.fraction=0.3.")
@@ -88,7 +113,7 @@ def estimator_options(options: list[str] | None) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def _assignments(options: list[str] | None) -> dict[str, Any]:
+def assignments(options: list[str] | None) -> dict[str, Any]:
     """Name -> value, from --set NAME=VALUE; a value that is not JSON is a word."""
     given: dict[str, Any] = {}
     for option in options or ():

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from equipoise import __version__
-from equipoise.commands import deciding, measuring, training, whole
+from equipoise.commands import deciding, measuring, serving, training, whole
 from equipoise.errors import EquipoiseError
 
 app = typer.Typer(
@@ -23,6 +23,9 @@ for command in (
     measuring.profile,
     deciding.plan,
     deciding.frontier,
+    serving.simulate,
+    serving.export,
+    serving.payback,
     measuring.apply,
     measuring.evaluate,
     whole.balance,

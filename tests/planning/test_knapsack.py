@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, milp
 
-from equipoise.planning.knapsack import choose
+from equipoise.planning.knapsack import choose, choose_exactly
 
 
 def by_milp(size, cost, group, capacity, groups) -> float:
@@ -73,3 +73,32 @@ def test_takes_the_free_choice_when_everything_fits():
     best = min(sum(cost[i, o] for i, o in enumerate(c)) for c in itertools.product(range(3), repeat=6))
     assert result.cost == pytest.approx(best)
     assert result.lower_bound == pytest.approx(best)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=200, deadline=None)
+def test_the_exact_choice_is_the_cheapest_and_then_the_smallest(seed: int, n: int, q: int):
+    rng = np.random.default_rng(seed)
+    size, cost = rng.integers(0, 12, (n, q)), rng.integers(-5, 12, (n, q)).astype(float)
+    capacity = int(rng.integers(0, 12 * n + 1))
+    rows = np.arange(n)
+    fits = [(cost[rows, o].sum(), size[rows, o].sum()) for o in map(list, itertools.product(range(q), repeat=n))]
+    fits = [pair for pair in fits if pair[1] <= capacity]
+    if not fits:
+        with pytest.raises(ValueError, match="the smallest options need"):
+            choose_exactly(size, cost, capacity)
+        return
+    option = choose_exactly(size, cost, capacity)
+    assert (cost[rows, option].sum(), size[rows, option].sum()) == min(fits)
+
+
+def test_the_exact_choice_is_quick_for_many_items():
+    rng = np.random.default_rng(0)
+    size = np.tile([0, 3, 6, 12], (61, 1)) * 1_000_003
+    cost = -np.cumsum(rng.random((61, 4)), axis=1)
+    group = np.zeros(61, np.int64)
+    option = choose_exactly(size, cost, 200 * 1_000_003)
+    greedy = choose(size[:, ::-1], cost[:, ::-1] + 5, group, 200 * 1_000_003, 1)
+    reached = cost[np.arange(61), option].sum()
+    assert greedy.lower_bound - 5 * 61 <= reached + 1e-9
+    assert reached <= greedy.cost - 5 * 61 + 1e-9

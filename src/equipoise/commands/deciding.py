@@ -8,23 +8,45 @@ from typing import Annotated
 import typer
 
 from equipoise.arguments import (
-    Dispatch,
     Json,
-    Method,
+    Nodes,
     Options,
+    Phase,
+    Ranks,
     Seed,
     Units,
     numbers,
     plan_options,
+    slot_counts,
 )
+from equipoise.commands.serving import redundant_slots
 from equipoise.commands.show import show, show_evaluation
+from equipoise.errors import EquipoiseError
 
 
 def plan(
     profile: Annotated[Path, typer.Argument(help="a profile")],
     out: Annotated[Path | None, typer.Option(help="file to write, such as x.plan.json")] = None,
-    method: Method = "rq",
+    method: Annotated[
+        str | None,
+        typer.Option(help="planning method; `equipoise methods` lists them  [default: robust with --ranks, else rq]"),
+    ] = None,
     units: Units = None,
+    ranks: Ranks = None,
+    nodes: Nodes = 1,
+    slots: Annotated[
+        str | None, typer.Option(help="physical slots per layer, or one number per layer  [default: no copies]")
+    ] = None,
+    redundancy: Annotated[
+        int | None,
+        typer.Option(help="let the planner choose each layer's slots, with at most so many per rank over all layers"),
+    ] = None,
+    cost: Annotated[
+        str, typer.Option(help="with --redundancy: what a rank's work costs: tokens, activated, or a table of latencies")
+    ] = "tokens",
+    batch: Annotated[int, typer.Option(help="with --redundancy: tokens of a batch, which matters beside cost tokens")] = 4096,
+    current: Annotated[Path | None, typer.Option(help="plan in force: moves are counted against it")] = None,
+    phase: Phase = "all",
     error_bound: Annotated[
         float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")
     ] = None,
@@ -32,18 +54,43 @@ def plan(
         float | None, typer.Option("--bytes", help="bytes to use, as a fraction of the original's")
     ] = None,
     options: Options = None,
-    dispatch: Dispatch = "even",
+    dispatch: Annotated[
+        str | None, typer.Option(help="which copy serves which token: even, least_loaded or gate_aware  [default: even]")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Decide copies, bits and units of every layer from a profile."""
-    from equipoise.artifacts import Profile
+    """Decide from a profile: copies, bits and units of a model's experts, or their placement on an engine's ranks."""
+    from equipoise.artifacts import Plan, Profile
     from equipoise.planning.methods import make_plan
     from equipoise.reporting.rows import plan_rows
     from equipoise.reporting.tables import plan_tables
 
+    if ranks is not None and units is not None and ranks != units:
+        raise EquipoiseError(f"--ranks is {ranks} and --units is {units}: they name the same thing; give one.")
+    chosen = method or ("rq" if ranks is None else "robust")
+    measured = Profile.load_file(profile)
     given = plan_options(error_bound, bytes_fraction, options)
-    result = make_plan(Profile.load_file(profile), method, units=units, seed=seed, dispatch=dispatch, **given)
+    wanted = slot_counts(slots)
+    note = ""
+    if redundancy is not None:
+        if wanted is not None:
+            raise EquipoiseError("--slots and --redundancy both say how many slots a layer has; give one.")
+        wanted, note = redundant_slots(
+            measured, chosen, ranks, nodes=nodes, most=redundancy, phase=phase, cost=cost, batch=batch
+        )
+    placement = {
+        "slots": wanted,
+        "nodes": nodes if nodes != 1 else None,
+        "current": None if current is None else Plan.load_file(current),
+        "phase": phase if phase != "all" else None,
+        "dispatch": dispatch,
+    }
+    given |= {name: value for name, value in placement.items() if value is not None}
+    result = make_plan(measured, chosen, units=units if ranks is None else ranks, seed=seed, **given)
+    if note and result.predicted is not None:
+        notes = f"{note}. {result.predicted.note}".strip()
+        result = result.model_copy(update={"predicted": result.predicted.model_copy(update={"note": notes})})
     if out:
         result.save(out)
     show(as_json, plan_rows(result), plan_tables(result), out)
@@ -87,13 +134,15 @@ def inspect(file: Annotated[Path, typer.Argument(help="a profile, a plan or an e
 
 
 def methods(as_json: Json = False) -> None:
-    """List the planning methods, importance estimators and quantization methods with their sources."""
+    """List methods, estimators, dispatch rules and engines by name, with their sources."""
+    from equipoise.engines.registry import READERS, WRITERS
     from equipoise.planning.methods import METHODS
     from equipoise.profiling.importance import IMPORTANCE
     from equipoise.quantization.methods import METHODS as ROUNDING
     from equipoise.reporting.listing import methods_table
+    from equipoise.simulation.choice import RULES
 
-    registries = (METHODS, IMPORTANCE, ROUNDING)
+    registries = (METHODS, IMPORTANCE, ROUNDING, RULES, READERS, WRITERS)
     rows = {
         registry.kind: [{"name": e.name, "summary": e.summary, "source": e.source} for e in registry] for registry in registries
     }

@@ -24,8 +24,10 @@ from equipoise.arguments import (
     Text,
     Tokens,
     Units,
+    assignments,
     estimator_options,
     names,
+    one_model,
     read,
     scenario_files,
 )
@@ -33,8 +35,14 @@ from equipoise.commands.show import show, show_evaluation
 
 
 def profile(
-    model: Model,
+    source: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL|FILE...", help="a model: directory or hub name; with --from, an engine's records"),
+    ],
     out: Annotated[Path, typer.Option(help="file to write, such as x.profile.safetensors")],
+    engine: Annotated[
+        str | None, typer.Option("--from", help="engine that recorded the files: sglang, vllm, tensorrt-llm, table, ...")
+    ] = None,
     text: Text = None,
     scenario: Scenario = None,
     field: Field = "text",
@@ -47,17 +55,34 @@ def profile(
     options: Annotated[list[str] | None, typer.Option("--set", help="option of an estimator: wanda.fraction=0.3")] = None,
     precisions: Annotated[str, typer.Option(help="formats whose output error is measured")] = "int8,int4",
     window_tokens: Annotated[int | None, typer.Option(help="tokens of one time window  [default: one full row]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="with --from: the model's config.json, for top-k, sizes and dense layers")
+    ] = None,
+    experts: Annotated[int | None, typer.Option(help="with --from: routed experts per layer, where no config tells")] = None,
+    top_k: Annotated[int | None, typer.Option(help="with --from: experts per token, where no config tells")] = None,
+    phase: Annotated[str, typer.Option(help="with --from: prefill or decode, where the records do not tell")] = "prefill",
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Record where a model sends the tokens of a text, and how much each expert matters."""
+    """Record where a model sends the tokens of a text, and how much each expert matters; or read what an engine recorded."""
+    from equipoise.reporting.rows import profile_rows
+    from equipoise.reporting.tables import profile_tables
+
+    if engine is not None:
+        from equipoise.engines.registry import read_records
+
+        result = read_records(
+            engine, source, scenarios=scenario, config=config, experts=experts, top_k=top_k, phase=phase, **assignments(options)
+        )  # fmt: skip
+        result.save(out)
+        show(as_json, profile_rows(result), profile_tables(result), out)
+        return
+    model = one_model(source)
     files = scenario_files(text, scenario)
     from equipoise.profiling.calibrate import profile as measure
     from equipoise.profiling.loading import load_model, load_tokenizer
-    from equipoise.reporting.rows import profile_rows
-    from equipoise.reporting.tables import profile_tables
 
     documents = read(files, field)
     part = out.with_name(f".{out.name}.part")

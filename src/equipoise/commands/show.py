@@ -21,7 +21,8 @@ def show(as_json: bool, rows: Mapping[str, Any], tables: Iterable[RenderableType
 
     console = Console(highlight=False)
     for table in tables:
-        console.print(table)
+        # Plain lines may be meant to be pasted: the terminal wraps them, not we.
+        console.print(table, soft_wrap=isinstance(table, str))
         console.print()
     if written:
         console.print(f"written: {written}", markup=False)

@@ -110,7 +110,7 @@ def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: fl
         reference: format in which the original experts are counted; the model's own, at most 16 bits, when omitted.
 
     Raises:
-        PlanError: no format given, or a fraction out of range.
+        PlanError: no format given, a fraction out of range, or a model whose experts' sizes are not known.
         UnreachableError: not even the smallest format of every expert fits.
     """
     if not names:
@@ -118,6 +118,11 @@ def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: fl
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 64:
         raise PlanError(f"bytes_fraction: {fraction!r} given; allowed is above 0, at most 64; 1.0 keeps the memory as it was.")
     model = profile.model
+    if not model.sized:
+        raise PlanError(
+            f"this profile of '{model.name}' does not know the sizes of its experts, which choosing bits needs; read the "
+            "records again with the model's config.json (--config), or plan with a method that only places (robust, eplb)."
+        )
     forms = sorted({precision(name) for name in names}, key=lambda p: (-model.layers[0].expert_bytes(p), p.name))
     bytes_LQ = np.array([[layer.expert_bytes(p) for p in forms] for layer in model.layers], np.int64)
     errors, measured = zip(*(_error(profile, form) for form in forms), strict=True)

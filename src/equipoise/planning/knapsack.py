@@ -115,3 +115,40 @@ def _spend(option_N: Ints, size_NQ: Ints, cost_NQ: Floats, group_N: Ints, spare:
         chosen[rows[winner]] = option[winner]
         open_rows = rows
     return chosen
+
+
+def choose_exactly(size_NQ: Ints, cost_NQ: Floats, capacity: int) -> Ints:
+    """The cheapest option of every item such that all fit together, the smallest of equal ones: the proven optimum.
+
+    Dynamic programming over items that keeps the undominated (size, cost) pairs only (Nemhauser and Ullmann 1969), so the
+    effort grows with the number of distinct total sizes: small where sizes are multiples of a few numbers.
+
+    Args:
+        size_NQ: [N, Q] size of each option, whole numbers from 0, in any order.
+        cost_NQ: [N, Q] cost of each option, of any sign.
+        capacity: size that all items may have together.
+
+    Returns:
+        [N] chosen options.
+
+    Raises:
+        ValueError: not even the smallest options fit.
+    """
+    size, cost = np.zeros(1, np.int64), np.zeros(1)
+    history = []
+    rest = np.concatenate([np.cumsum(size_NQ.min(1)[::-1])[::-1], [0]])  # the least that this and later items need
+    for item in range(len(size_NQ)):
+        sizes = (size[:, None] + size_NQ[item]).ravel()
+        costs = (cost[:, None] + cost_NQ[item]).ravel()
+        kept = np.flatnonzero(sizes + rest[item + 1] <= capacity)
+        if not len(kept):
+            raise ValueError(f"the smallest options need {rest[0]}, more than {capacity}")
+        kept = kept[np.lexsort((costs[kept], sizes[kept]))]
+        least = np.minimum.accumulate(costs[kept])
+        kept = kept[np.concatenate([[True], costs[kept][1:] < least[:-1]])]
+        history.append(kept)
+        size, cost = sizes[kept], costs[kept]
+    state, chosen = int(cost.argmin()), np.zeros(len(size_NQ), np.int64)
+    for item in range(len(size_NQ) - 1, -1, -1):
+        state, chosen[item] = divmod(int(history[item][state]), size_NQ.shape[1])
+    return chosen

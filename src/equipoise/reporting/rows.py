@@ -75,6 +75,7 @@ def profile_rows(profile: Profile) -> Rows:
 def plan_rows(plan: Plan) -> Rows:
     """What was decided: the slots of every layer, and what the planner predicts of them."""
     layers = []
+    forecasts = plan.predicted.layers if plan.predicted is not None else ()
     for i, (layer, facts) in enumerate(zip(plan.layers, plan.model.layers, strict=True)):
         copies = Counter(layer.experts)
         expert, most = min(copies.items(), key=lambda item: (-item[1], item[0]))
@@ -89,11 +90,12 @@ def plan_rows(plan: Plan) -> Rows:
                 "most_copies": most,
                 "precisions": dict(sorted(Counter(layer.precisions).items(), key=lambda item: -item[1])),
                 "bytes": int(layer.slot_bytes(facts).sum()),
+                "forecast": forecasts[i].model_dump(mode="json") if forecasts else None,
             }
         )
     predicted = None
     if plan.predicted is not None:
-        predicted = {**plan.predicted.model_dump(mode="json"), "gap": plan.predicted.gap}
+        predicted = {**plan.predicted.model_dump(mode="json", exclude={"layers"}), "gap": plan.predicted.gap}
     used = plan.bytes_by_unit()
     return {
         "model": _model(plan.model),
@@ -104,6 +106,7 @@ def plan_rows(plan: Plan) -> Rows:
         "exactness": plan.exactness,
         "routing_policy": plan.routing_policy,
         "units": plan.units,
+        "nodes": plan.nodes,
         "unit_bytes": plan.unit_bytes,
         "fullest_unit_bytes": int(used.max()),
         "bytes": int(used.sum()),

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from equipoise.artifacts import Evaluation, Plan, Profile
+from equipoise.reporting.placement import placement_tables
 from equipoise.reporting.rows import Rows, evaluation_rows, plan_rows, profile_rows
+from equipoise.reporting.style import new_table
 
 RAW = "raw"
 """How tables call the model as it was."""
@@ -30,7 +31,7 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
     out: list[RenderableType] = [
         _head("profile of", model, f"routing policy {profile.source.routing_policy}, origin {profile.source.origin}")
     ]
-    layers = _table("balance of each layer over its experts (measured)", ["layer", "top-k/E"])
+    layers = new_table("balance of each layer over its experts (measured)", ["layer", "top-k/E"])
     _columns(layers, ["LIS", "MaxVio", "balance", "Gini", "CV", "heaviest", "unused"])
     for row in rows["layers"]:
         layers.add_row(
@@ -44,7 +45,7 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
     for name in ("mean", "max"):
         layers.add_row(name, "", *_metrics(rows[name]))
     out.append(layers)
-    scenarios = _table("scenarios (measured)", ["scenario"])
+    scenarios = new_table("scenarios (measured)", ["scenario"])
     _columns(scenarios, ["tokens", "decode", "LIS mean", "LIS max"])
     for row in rows["scenarios"]:
         scenarios.add_row(
@@ -56,7 +57,7 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
         )
     out.append(scenarios)
     if rows["windows"]:
-        windows = _table("LIS of windows, mean over layers (measured)", ["scenario"])
+        windows = new_table("LIS of windows, mean over layers (measured)", ["scenario"])
         _columns(windows, ["window", "selections", "instantaneous", "cumulative"])
         for row in _evenly(rows["windows"], MOST_WINDOWS):
             windows.add_row(
@@ -68,7 +69,7 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
             )
         out.append(windows)
     if rows["importance"]:
-        importance = _table("importance against load (measured)", ["estimator"])
+        importance = new_table("importance against load (measured)", ["estimator"])
         _columns(importance, ["rank correlation", "heaviest = most important"])
         for row in rows["importance"]:
             coincide = f"{row['layers_whose_heaviest_is_most_important']} of {row['layers']} layers"
@@ -80,12 +81,14 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
 def plan_tables(plan: Plan) -> list[RenderableType]:
     """A plan's tables: what is predicted of it, and the slots of each layer."""
     rows = plan_rows(plan)
+    if plan.predicted is not None and plan.predicted.layers:
+        return placement_tables(rows)
     units = f"{rows['units']} units of {_bytes(rows['unit_bytes'])}"
     policy = f"{rows['method']}, {units}, dispatch {rows['dispatch']}, class {rows['exactness']}"
     out: list[RenderableType] = [_head("plan for", rows["model"], policy)]
     predicted = rows["predicted"]
     if predicted:
-        table = _table("on the profile it was made from (predicted)", ["figure"])
+        table = new_table("on the profile it was made from (predicted)", ["figure"])
         _columns(table, ["value"])
         table.add_row("LIS over units without the plan", _fixed(predicted["lis_raw"]))
         table.add_row("LIS over units", f"{_fixed(predicted['lis'])} (worst layer {_fixed(predicted['lis_max'])})")
@@ -96,7 +99,7 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         table.add_row("bytes of all slots", f"{_bytes(predicted['bytes'])} of {_bytes(predicted['budget_bytes'])}")
         table.add_row("overrun of the fullest unit", _bytes(predicted["overrun_bytes"]))
         out.append(table)
-    layers = _table("slots of each layer (decided)", ["layer", "slots/E"])
+    layers = new_table("slots of each layer (decided)", ["layer", "slots/E"])
     _columns(layers, ["copied", "most"])
     layers.add_column("formats", overflow="fold")
     _columns(layers, ["bytes"])
@@ -115,7 +118,7 @@ def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:
     contenders = rows["contenders"]
     head = f"evaluation beside {escape(rows['base'])}; LIS over {rows['units']} units; low..high: paired 95 % intervals"
     out: list[RenderableType] = [Text.from_markup(f"[bold]{head}[/bold]")]
-    sizes = _table("experts in memory (measured from the tensors)", ["model", "method", "class"])
+    sizes = new_table("experts in memory (measured from the tensors)", ["model", "method", "class"])
     _columns(sizes, ["bytes", "of raw", "seconds"])
     sizes.add_row(RAW, "-", "-", _bytes(rows["base_expert_bytes"]), _percent(1.0), f"{rows['base_seconds']:.1f}")
     for c in contenders:
@@ -153,7 +156,7 @@ def _conclusion(contender: Rows) -> Text:
 
 def _text_table(index: int, contenders: Sequence[Rows]) -> Table:
     first = contenders[0]["texts"][index]
-    table = _table(f"text {escape(first['name'])}: {first['tokens']:,} predicted tokens (measured)", ["model"])
+    table = new_table(f"text {escape(first['name'])}: {first['tokens']:,} predicted tokens (measured)", ["model"])
     _columns(table, ["ppl", "change %", "KL, nats", "top-1 %", "LIS", "paper"])
     table.add_row(RAW, f"{first['perplexity_base']:.3f}", "", "", "", _fixed(first["lis_base"]), "")
     for c in contenders:
@@ -171,7 +174,7 @@ def _text_table(index: int, contenders: Sequence[Rows]) -> Table:
 
 
 def _task_table(contenders: Sequence[Rows]) -> Table:
-    table = _table("tasks, with metric and items: balance and accuracy (measured)", ["task", "model"])
+    table = new_table("tasks, with metric and items: balance and accuracy (measured)", ["task", "model"])
     _columns(table, ["LIS raw", "LIS", "paper", "% raw", "%", "difference"])
     for i, task in enumerate(contenders[0]["tasks"]):
         for c in contenders:
@@ -195,21 +198,6 @@ def _head(what: str, model: Rows, more: str) -> Text:
     layers = f"{model['moe_layers']} MoE layers, up to {model['max_experts']} experts, {model['dtype']}"
     title = f"[bold]{what} {escape(model['name'])}[/bold] ({escape(model['model_type'])}: {layers})"
     return Text.from_markup(f"{title}\n{escape(more)}")
-
-
-def _table(title: str, left: Iterable[str]) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for name in left:
-        table.add_column(name, overflow="fold")
-    return table
 
 
 def _columns(table: Table, names: Iterable[str]) -> None:
