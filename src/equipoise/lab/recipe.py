@@ -60,6 +60,8 @@ class Training(_Section):
         steps: optimizer steps of the whole run.
         batch_size, seq_len: rows of one step, and tokens of one row (of both stacks together for encoder-decoder models).
         learning_rate: its peak, after `warmup` steps; a cosine then lowers it to `final_fraction` of the peak.
+        relative: learning rates are relative: each tensor's is times the root mean square of its initial values. T5 and Switch
+            initialise tensors on scales a factor of 60 apart, on which no single rate works (Adafactor, arXiv:1804.04235, 8).
         weight_decay, beta1, beta2: of AdamW; matrices alone decay.
         clip: largest norm of the gradient.
         precision: of the products: "fp32", "bf16" (weights and moments stay fp32), or "auto": bf16 on a GPU, fp32 on a CPU.
@@ -74,6 +76,7 @@ class Training(_Section):
     batch_size: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=8)
     learning_rate: float = Field(default=3e-3, gt=0)
+    relative: bool = False
     warmup: int = Field(default=100, ge=0)
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.1, ge=0)

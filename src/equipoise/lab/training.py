@@ -127,12 +127,16 @@ def learning_rate(recipe: Recipe, number: int) -> float:
 
 
 def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; matrices alone decay. A group's `scale` is what the schedule's learning rate is times for it."""
     setting = recipe.training
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": setting.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
-    ]
+    if setting.relative:
+        groups = [{"params": [weight], "scale": max(float(weight.detach().square().mean().sqrt()), 1e-3)} for weight in weights]
+    else:
+        parts = ([w for w in weights if w.ndim >= 2], [w for w in weights if w.ndim < 2])
+        groups = [{"params": part, "scale": 1.0} for part in parts if part]
+    for group in groups:
+        group["weight_decay"] = setting.weight_decay if group["params"][0].ndim >= 2 else 0.0
     return torch.optim.AdamW(groups, lr=setting.learning_rate, betas=(setting.beta1, setting.beta2), fused=True)
 
 
@@ -147,7 +151,7 @@ def _step(
 ) -> float:
     """One optimizer step; returns the language-model loss in nats, without the extensions' terms."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, number)
+        group["lr"] = learning_rate(recipe, number) * group["scale"]
     inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs().items()}
     wanted = recipe.training.precision
     kind = device.partition(":")[0]
