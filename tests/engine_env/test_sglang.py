@@ -1,7 +1,7 @@
 """SGLang's own parser loads what is written for it; DeepSeek's own algorithm, which SGLang contains, agrees as well.
 
 Its package needs a GPU, but the module that parses `--init-expert-location` does not: it is loaded from the unpacked wheel
-(EQUIPOISE_SGLANG names the directory that holds `sglang/`) with the server's settings given by hand.
+(in the environment of `make test-engines`, or where EQUIPOISE_SGLANG says) with the server's settings given by hand.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ EXPERTS, RANKS, LAYERS = 8, 4, 6
 def load(file: str, name: str) -> ModuleType:
     """A module of SGLang, installed or unpacked, from its file alone; skips where there is none."""
     pytest.importorskip("torch")
-    places = [Path(os.environ["EQUIPOISE_SGLANG"])] if "EQUIPOISE_SGLANG" in os.environ else [Path(p) for p in sys.path if p]
+    told = os.environ.get("EQUIPOISE_SGLANG")
+    places = [Path(told)] if told else [Path(sys.prefix) / "sglang", *(Path(p) for p in sys.path if p)]
     source = next((p for place in places if (p := place / "sglang" / "srt" / "eplb" / file).is_file()), None)
     if source is None:
         pytest.skip("SGLang's sources are not here; unpack its wheel and set EQUIPOISE_SGLANG to run this")
