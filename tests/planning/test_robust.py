@@ -244,3 +244,18 @@ def test_the_benchmark_runs_on_a_trace(shared_data: Path):
     assert row.robust[module.RICH] > row.contiguous
     assert row.worst_in_sample_against_eplb <= 1e-5
     assert row.duplicates == 0
+
+
+def test_slack_is_checked_and_never_lets_eplb_be_better():
+    profile = profile_of(topics(9, 6))
+    theirs = eplb(profile, units=4, seed=0)
+    plan = robust(profile, units=4, seed=0, slack=0.5)
+    pairs = zip(plan.predicted.layers, theirs.predicted.layers, strict=True)
+    assert all(mine.in_sample <= other.in_sample + 1e-5 for mine, other in pairs)
+    with pytest.raises(PlanError, match="slack"):
+        robust(profile, units=4, seed=0, slack=-1.0)
+
+
+def test_groups_on_their_node_hold_only_so_many_copies():
+    with pytest.raises(PlanError, match="at most 64"):
+        robust(profile_of(topics(6, 3), groups=4), units=4, seed=0, slots=68, nodes=2, hierarchical=True)

@@ -123,8 +123,8 @@ def _groups(profile: Profile, goal: Target, hierarchical: bool) -> int:
         most = layer.num_experts * goal.ranks // goal.nodes
         if p > most:
             raise PlanError(
-                f"slots: {p} given, but with groups kept on their node {layer.num_experts} experts fill at most {most} slots on "
-                f"{goal.ranks} ranks; give at most {most}, or leave hierarchical out."
+                f"slots: {p} given, but with groups kept on their nodes {layer.num_experts} experts fill at most {most} slots "
+                f"on {goal.ranks} ranks; give at most that, or leave hierarchical out."
             )
     return groups
 
