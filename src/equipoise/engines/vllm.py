@@ -173,7 +173,7 @@ def read_mapping(path: Path, model: ModelFacts, ranks: int) -> list[NDArray[np.i
     """
     what = f"'{path}'"
     records = [r for r in _objects(path) if isinstance(r, Mapping) and r.get("record_type") == MAPPING]
-    if len(records) != 1 or records[0].get("version") != 1:
+    if len(records) != 1 or not _is_whole(records[0].get("version"), 1):
         raise PlanError(f"{what} holds {len(records)} records of type {MAPPING}; one of version 1 is expected.")
     rows = records[0].get("initial_global_assignments")
     keys = [str(layer) for layer in range(len(model.layers))]
@@ -181,9 +181,15 @@ def read_mapping(path: Path, model: ModelFacts, ranks: int) -> list[NDArray[np.i
         raise PlanError(f"{what} does not assign the model's MoE layers 0 to {len(keys) - 1}; it is of another model.")
     physical_LP = checked_slots([rows[key] for key in keys], model, ranks, what)
     stated = records[0].get("num_slots"), records[0].get("num_redundant_experts")
-    if any((len(p), len(p) - model.max_experts) != stated for p in physical_LP):
+    wanted = {(len(p), len(p) - model.max_experts) for p in physical_LP}
+    if len(wanted) != 1 or not all(_is_whole(one, other) for one, other in zip(stated, *wanted, strict=True)):
         raise PlanError(f"{what} states {stated[0]} slots and {stated[1]} redundant experts, but assigns others.")
     return physical_LP
+
+
+def _is_whole(value: object, number: int) -> bool:
+    """Whether a JSON value is this whole number; in Python, true and 1.0 equal 1 as well."""
+    return type(value) is int and value == number
 
 
 def _of_requests(
@@ -327,7 +333,7 @@ def _of_load_stats(records: Iterator[Any], path: Path, name: str) -> Recording:
         if not isinstance(record, Mapping) or kind is None:
             raise ProfileError(f"{what} has no record_type; give vLLM's load statistics as it wrote them.")
         if kind == LOAD_STATS:
-            if record.get("version") != 1:
+            if not _is_whole(record.get("version"), 1):
                 raise ProfileError(f"{what} is of version {record.get('version')!r}; version 1 is read.")
             load_LE = _logical_load(record, what)
             if shape is not None and load_LE.shape != shape:

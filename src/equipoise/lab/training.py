@@ -130,6 +130,7 @@ def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW; matrices alone decay. A group's `scale` is what the schedule's learning rate is times for it."""
     setting = recipe.training
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]]
     if setting.relative:
         groups = [{"params": [weight], "scale": max(float(weight.detach().square().mean().sqrt()), 1e-3)} for weight in weights]
     else:

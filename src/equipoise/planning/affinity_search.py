@@ -276,8 +276,9 @@ RESPLITS = 3000
 """Layers times pairs of ranks that `resplit` goes through in one round over the best local optima; at least one is improved."""
 
 KICKS = 48
-"""Times that the best placement is disturbed and swept again; small tasks are, until `SMALL` places have been disturbed."""
+"""Times that the best placement is disturbed and swept again."""
 SMALL = 3000
+"""Over the places of all layers: times that the placement of a small task is disturbed; a 20th of that, how many are."""
 
 STARTS: tuple[Callable[[Task, np.random.Generator], Placement], ...] = (nearly_balanced, spectral, greedy_forward, random)
 """What restarts begin with, in turn."""
@@ -299,7 +300,10 @@ def search(task: Task, *, restarts: int, seed: int, known: Sequence[Placement] =
     pairs_of_ranks = task.ranks * (task.ranks // task.blocks - 1) // 2
     few = max(1, RESPLITS // max(1, len(task.inside) * pairs_of_ranks))
     found = sorted([*(resplit(task, placement) for placement in found[:few]), *found[few:]], key=task.cost)
-    return [_kicked(task, found[0], rng), *found] if restarts else found
+    if restarts:
+        several = max(1, SMALL // 20 // sum(map(len, task.inside)))
+        found = sorted([*(_kicked(task, placement, rng) for placement in found[:several]), *found], key=task.cost)
+    return found
 
 
 def _kicked(task: Task, placement: Placement, rng: np.random.Generator) -> Placement:
