@@ -77,7 +77,8 @@ def jensen_shannon(first: ArrayLike, second: ArrayLike) -> Array:
     """Jensen-Shannon divergence of two loads in bits: 0 for equal shares, 1 for disjoint ones.
 
     Args:
-        first, second: [..., E] loads; each is scaled to shares.
+        first: [..., E] loads; scaled to shares.
+        second: as `first`.
 
     Returns:
         [...] divergences; nan where either served nothing. Source: Lin (1991), equation 4.1 with equal weights.
