@@ -98,7 +98,7 @@ def target(profile: Profile, ranks: int, slots: int | Sequence[int] | None = Non
 
 
 def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise PlanError(f"{name}: {value!r} given; allowed is a whole number from 1.")
 
 
