@@ -48,9 +48,8 @@ def doubled(physical_LP: NDArray[np.int64], ranks: int) -> int:
 
 def main() -> None:
     """Print one line for each trace, number of ranks and redundant slots per rank."""
-    print(
-        "| trace | ranks | redundant per rank | eplb | robust | bound | worst robust / eplb | > 1 % above bound | doubled, eplb | robust |"
-    )
+    heads = ("trace", "ranks", "redundant per rank", "eplb", "robust", "bound", "worst robust / eplb", "> 1 % above bound")
+    print("| " + " | ".join((*heads, "doubled, eplb", "doubled, robust")) + " |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, counts_SLE in traces():
         load_LE = counts_SLE.sum(0).astype(np.float64)
