@@ -94,6 +94,34 @@ def test_what_moves_from_the_plan_in_force_is_counted(records, tmp_path):
     assert any(moved) or "default" in Plan.load_file(second).predicted.note
 
 
+def test_engines_that_plan_by_themselves_are_handed_the_loads(records, tmp_path, monkeypatch, capsys):
+    profile, plan, out = tmp_path / "p.profile.safetensors", tmp_path / "x.plan.json", tmp_path / "loads.json"
+    told("profile", "--from", "table", records, "--out", profile, "--top-k", 2)
+    told("plan", profile, "--ranks", 4, "--slots", 20, "--out", plan)
+    assert "--profile" in mistake(monkeypatch, capsys, "export", plan, "--to", "lmdeploy", "--out", out)
+    told("export", plan, "--to", "lmdeploy", "--out", out, "--profile", profile)
+    assert json.loads(out.read_text()) == Profile.load_file(profile).load.tolist()
+
+
+def test_a_change_of_plan_is_priced(records, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps({
+            "model_type": "qwen3_moe", "num_hidden_layers": 3, "hidden_size": 64, "moe_intermediate_size": 32,
+            "num_experts": 16, "num_experts_per_tok": 2, "torch_dtype": "bfloat16", "num_attention_heads": 4,
+        })
+    )  # fmt: skip
+    profile, first, second = tmp_path / "p.profile.safetensors", tmp_path / "1.plan.json", tmp_path / "2.plan.json"
+    told("profile", "--from", "table", records, "--out", profile, "--config", config)
+    told("plan", profile, "--method", "contiguous", "--ranks", 4, "--out", first)
+    told("plan", profile, "--method", "eplb", "--ranks", 4, "--current", first, "--out", second)
+    asked = ("payback", first, second, "--profile", profile, "--balanced-ms", 10, "--link", 50, "--json")
+    soon, late = (json.loads(told(*asked, "--steps", steps)) for steps in (0, 10**9))
+    assert soon["bytes_moved"] == late["bytes_moved"] > 0
+    assert not soon["pays"]
+    assert late["pays"] == (late["seconds_saved"] > 0)
+
+
 def test_mistakes_are_one_line(records, tmp_path, monkeypatch, capsys):
     profile, out = tmp_path / "p.profile.safetensors", tmp_path / "x.plan.json"
     told("profile", "--from", "table", records, "--out", profile, "--top-k", 2)

@@ -25,6 +25,12 @@ def export(
     config: Annotated[
         Path | None, typer.Option(help="the model's config.json, for a plan that does not know its dense layers")
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="loads, for engines that plan by themselves, and for vllm-permuted")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="checkpoint to reorder, for vllm-permuted, whose --out is a directory")
+    ] = None,
     options: Options = None,
     as_json: Json = False,
 ) -> None:
@@ -32,7 +38,8 @@ def export(
     from equipoise.artifacts import Plan
     from equipoise.engines.registry import write_plan
 
-    given = assignments(options) | ({} if config is None else {"config": config})
+    named = {"config": config, "profile": profile, "model": model}
+    given = assignments(options) | {name: value for name, value in named.items() if value is not None}
     written = write_plan(Plan.load_file(plan), engine, out, **given)
     files = [str(file) for file in written.files]
     show(as_json, {"engine": engine, "files": files, "flags": written.flags}, [written.flags], out)

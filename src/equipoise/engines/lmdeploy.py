@@ -102,7 +102,7 @@ def write(plan: Plan, out: Path, *, config: Path | None = None, profile: Profile
             raise PlanError(
                 f"lmdeploy takes loads and copies experts by its own rule; this plan has {redundant} copies per layer. Nearest "
                 f"plan that lmdeploy holds: the one without, `equipoise plan PROFILE --ranks {plan.units} --slots {experts}`; "
-                "or give option profile=FILE, to hand over its measured loads."
+                "or give the profile (--profile FILE), to hand over its measured loads."
             )
         for layer, slots in zip(layers, physical, strict=True):
             table[layer] = loads_for(slots, plan.units)
