@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from equipoise import lab
 from equipoise.cli import app
 from equipoise.errors import EquipoiseError
-from equipoise.lab.card import shelve
+from equipoise.lab.card import add_dense, shelve
 from equipoise.lab.recipe import RecipeError
 from equipoise.lab.training import train
 from equipoise.lab.verify import repeat
@@ -46,6 +46,18 @@ def test_the_judgement_is_measured_on_what_is_stored(stocked, monkeypatch):
     kept = json.loads((place / "shelf/tiny/card.json").read_text())
     assert kept["judgement"] == found.model_dump(mode="json")
     assert kept["recipe"] == recipe.fingerprint()
+
+
+def test_a_dense_model_put_beside_later_is_judged_as_one_given_at_once(stocked, lab_data):
+    recipe, place, found = stocked
+    shelve(recipe, place / "runs/moe", lab_data, place / "later", progress=False)
+    assert "Dense model beside it" not in (place / "later/README.md").read_text()
+    added = add_dense(recipe, lab_data, place / "later", place / "runs/dense")
+    assert added.dense_perplexity == found.dense_perplexity
+    assert added.dense_parameters == found.dense_parameters
+    assert (place / "later/README.md").read_text() == (place / "shelf/tiny/README.md").read_text()
+    with pytest.raises(RecipeError, match="on the shelf first"):
+        add_dense(recipe, lab_data, place / "nowhere", place / "runs/dense")
 
 
 def test_the_first_steps_repeat_bit_for_bit_and_a_difference_is_found(stocked, lab_data, monkeypatch, tmp_path):

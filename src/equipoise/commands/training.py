@@ -80,6 +80,25 @@ def shelve(
     show(as_json, found.model_dump(mode="json"), [f"{wanted.name}: {found.sentence()}"], place)
 
 
+@app.command()
+def beside(
+    recipe: RecipeFile,
+    dense: Annotated[Path, typer.Argument(help="directory of the finished run of the dense model")],
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="directory of the model on the shelf  [default: shelf/NAME]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a dense model that was trained later beside a model of the shelf, on the same rows."""
+    from equipoise.lab.card import add_dense
+    from equipoise.lab.recipe import read_recipe
+    from equipoise.lab.text import data_directory
+
+    wanted = read_recipe(recipe)
+    place = out or Path("shelf") / wanted.name
+    found = add_dense(wanted, data_directory(data), place, dense)
+    show(as_json, found.model_dump(mode="json"), [f"{wanted.name}: {found.sentence()}"], place)
+
+
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
     """List the models of the shelf with what was measured of them."""

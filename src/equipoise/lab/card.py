@@ -12,7 +12,7 @@ import torch
 
 from equipoise import __version__
 from equipoise.artifacts.files import write_atomic
-from equipoise.lab.judge import Judgement, judge
+from equipoise.lab.judge import Judgement, dense_beside, judge
 from equipoise.lab.recipe import Recipe, RecipeError
 from equipoise.lab.text import domain_documents, streams
 from equipoise.lab.training import LOSSES, WATCH
@@ -62,6 +62,35 @@ def shelve(
     write_atomic(out / FACTS, json.dumps(facts, indent=1))
     write_atomic(out / LOSSES, json.dumps(losses))
     write_atomic(out / CARD, _card(recipe, judgement, losses, watched, machine))
+    return judgement
+
+
+def add_dense(recipe: Recipe, data: Path, out: Path, dense_run: Path) -> Judgement:
+    """Put a dense model, trained later, beside a model of the shelf: the same rows, and the card written anew.
+
+    Args:
+        recipe: of the model on the shelf.
+        data: directory of the text.
+        out: directory of the model on the shelf.
+        dense_run: directory of the finished run of the dense model.
+
+    Raises:
+        RecipeError: the model is not on the shelf, or was made by another recipe.
+    """
+    try:
+        facts = json.loads((out / FACTS).read_text())
+    except OSError as error:
+        raise RecipeError(f"'{out}' has no {FACTS}; put the model on the shelf first, by `equipoise lab shelve`.") from error
+    if facts["recipe"] != recipe.fingerprint():
+        raise RecipeError(f"the model in '{out}' was made by another state of recipe '{recipe.name}'; shelve it again.")
+    dense, tokenizer = load_model(str(dense_run / "model"), dtype="fp32"), load_tokenizer(str(dense_run / "model"))
+    perplexity, parameters = dense_beside(dense, tokenizer, recipe, streams(recipe.mix, data, tokenizer, "heldout"))
+    judgement = Judgement.model_validate(facts["judgement"]).model_copy(
+        update={"dense_perplexity": perplexity, "dense_parameters": parameters}
+    )
+    write_atomic(out / FACTS, json.dumps({**facts, "judgement": judgement.model_dump(mode="json")}, indent=1))
+    losses = json.loads((out / LOSSES).read_text())
+    write_atomic(out / CARD, _card(recipe, judgement, losses, facts["watch"], facts["machine"]))
     return judgement
 
 

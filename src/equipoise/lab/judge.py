@@ -24,6 +24,9 @@ from equipoise.metrics import jensen_shannon
 from equipoise.profiling.calibrate import profile
 from equipoise.profiling.sequences import Framing, Rows
 
+ROWS = 64
+"""Held-out rows of each domain that models are judged on."""
+
 
 class Judgement(BaseModel):
     """Measured on held-out text.
@@ -80,7 +83,7 @@ def judge(
     heldout_documents: Mapping[str, list[str]],
     *,
     dense: Any | None = None,
-    rows: int = 64,
+    rows: int = ROWS,
     removal_tokens: int = 6144,
     progress: bool = True,
 ) -> Judgement:
@@ -136,6 +139,13 @@ def judge(
         importance_correlation_by_layer=correlations,
         removal_max=float(importance.importance["leave_one_out"].max()),
     )
+
+
+def dense_beside(dense: Any, tokenizer: Any, recipe: Recipe, heldout: Mapping[str, Stream]) -> tuple[float, int]:
+    """Perplexity of a dense model on the rows that MoE models are judged on, and its parameters without embeddings."""
+    framing = Framing.of(tokenizer, dense.config)
+    chosen = heldout_rows(heldout, framing, seq_len=recipe.training.seq_len, rows=ROWS)
+    return measure(dense, chosen).perplexity, _parameters(dense) - _embedding(dense)
 
 
 def active_parameters(model: Any, measured: Any) -> int:
