@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from equipoise.errors import ModelError
 from equipoise.metrics import lis, maxvio
-from equipoise.models.layers import find_moe_layers
+from equipoise.models.layers import MoELayer, find_moe_layers
 from equipoise.models.recorder import record
 from equipoise.profiling.forward import evaluation_mode, negative_log_likelihood
 from equipoise.profiling.sequences import Rows, make_batches
@@ -75,24 +76,25 @@ def measure(model: Any, heldout: Mapping[str, Rows], *, batch_size: int = 8) -> 
     """
     nll = dict.fromkeys(heldout, 0.0)
     scored = dict.fromkeys(heldout, 0)
-    with evaluation_mode(model):
-        try:
-            layers = find_moe_layers(model)
-        except ModelError:  # a dense model has loss alone
-            layers = ()
-        recorder = record(model, scenarios=tuple(heldout), transitions=False, coactivation=False) if layers else None
-        if recorder is not None:
-            recorder.__enter__()
-        try:
-            for name, rows in heldout.items():
-                if recorder is not None:
-                    recorder.scenario = name
-                for batch in make_batches(rows, batch_size):
-                    total, count = negative_log_likelihood(model, batch)
-                    nll[name] += total
-                    scored[name] += count
-        finally:
+    layers = _moe_layers(model)
+    with evaluation_mode(model), ExitStack() as stack:
+        recorder = None
+        if layers:
+            recorder = stack.enter_context(record(model, scenarios=tuple(heldout), transitions=False, coactivation=False))
+        for name, rows in heldout.items():
             if recorder is not None:
-                recorder.__exit__(None, None, None)
+                recorder.scenario = name
+            for batch in make_batches(rows, batch_size):
+                total, count = negative_log_likelihood(model, batch)
+                nll[name] += total
+                scored[name] += count
     load = recorder.counts.sum(1) if recorder is not None else np.zeros((len(heldout), 0, 0), np.int64)
     return HeldOut(nll, scored, load, np.array([layer.num_experts for layer in layers], np.int64))
+
+
+def _moe_layers(model: Any) -> tuple[MoELayer, ...]:
+    """The model's MoE layers; none for a dense model, which has loss alone."""
+    try:
+        return find_moe_layers(model)
+    except ModelError:
+        return ()
