@@ -103,6 +103,15 @@ def test_engines_that_plan_by_themselves_are_handed_the_loads(records, tmp_path,
     assert json.loads(out.read_text()) == Profile.load_file(profile).load.tolist()
 
 
+def test_flags_are_printed_as_they_are_to_be_pasted(records, tmp_path):
+    profile, plan, out = tmp_path / "p.profile.safetensors", tmp_path / "x.plan.json", tmp_path / "maps.npz"
+    told("profile", "--from", "table", records, "--out", profile, "--top-k", 2)
+    told("plan", profile, "--ranks", 4, "--out", plan)
+    shown = told("export", plan, "--to", "deepseek", "--out", out)
+    assert json.loads(told("export", plan, "--to", "deepseek", "--out", out, "--json"))["flags"] in shown
+    assert "[k] for k in" in shown
+
+
 def test_a_change_of_plan_is_priced(records, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(
@@ -127,6 +136,12 @@ def test_mistakes_are_one_line(records, tmp_path, monkeypatch, capsys):
     told("profile", "--from", "table", records, "--out", profile, "--top-k", 2)
     assert "sglangg" in mistake(monkeypatch, capsys, "profile", "--from", "sglangg", records, "--out", out)
     assert "--from ENGINE" in mistake(monkeypatch, capsys, "profile", "a", "b", "--text", "t.txt", "--out", out)
+    assert "--config is of no use" in mistake(
+        monkeypatch, capsys, "profile", "model", "--text", "t.txt", "--config", records, "--out", out
+    )
+    assert "--text is of no use" in mistake(
+        monkeypatch, capsys, "profile", "--from", "table", records, "--text", "t.txt", "--out", out
+    )
     assert "name the same thing" in mistake(monkeypatch, capsys, "plan", profile, "--ranks", 4, "--units", 8)
     assert "--slots is 'x'" in mistake(monkeypatch, capsys, "plan", profile, "--ranks", 4, "--slots", "x")
     assert "ranks" in mistake(monkeypatch, capsys, "plan", profile, "--ranks", 5)

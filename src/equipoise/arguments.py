@@ -70,6 +70,13 @@ def one_model(given: list[str]) -> str:
     return given[0]
 
 
+def refuse_given(why: str, options: Mapping[str, Any]) -> None:
+    """Raise when an option was given that the rest of the command has no use for, instead of passing over it."""
+    for name, value in options.items():
+        if value is not None:
+            raise EquipoiseError(f"{name} is of no use here: {why}; leave it out.")
+
+
 def names(given: str) -> tuple[str, ...]:
     """Names separated by commas."""
     return tuple(name.strip() for name in given.split(",") if name.strip())

@@ -29,6 +29,7 @@ from equipoise.arguments import (
     names,
     one_model,
     read,
+    refuse_given,
     scenario_files,
 )
 from equipoise.commands.show import show, show_evaluation
@@ -71,6 +72,7 @@ def profile(
     from equipoise.reporting.tables import profile_tables
 
     if engine is not None:
+        refuse_given("--from reads an engine's records", {"--text": text})
         from equipoise.engines.registry import read_records
 
         result = read_records(
@@ -79,6 +81,7 @@ def profile(
         result.save(out)
         show(as_json, profile_rows(result), profile_tables(result), out)
         return
+    refuse_given("only --from ENGINE takes them", {"--config": config, "--experts": experts, "--top-k": top_k})
     model = one_model(source)
     files = scenario_files(text, scenario)
     from equipoise.profiling.calibrate import profile as measure

@@ -21,8 +21,8 @@ def show(as_json: bool, rows: Mapping[str, Any], tables: Iterable[RenderableType
 
     console = Console(highlight=False)
     for table in tables:
-        # Plain lines may be meant to be pasted: the terminal wraps them, not we.
-        console.print(table, soft_wrap=isinstance(table, str))
+        plain = isinstance(table, str)  # may be meant to be pasted: not wrapped, and its brackets are no markup
+        console.print(table, soft_wrap=plain, markup=not plain)
         console.print()
     if written:
         console.print(f"written: {written}", markup=False)
