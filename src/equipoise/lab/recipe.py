@@ -12,6 +12,7 @@ steps = 2000
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -132,11 +133,7 @@ class Recipe(_Section):
         for domain in told["mix"]["domains"].values():
             domain.pop("source"), domain.pop("licence"), domain.pop("heldout")
         told["mix"].pop("tokenizer")
-        return hashlib.sha256(repr(_sorted(told)).encode()).hexdigest()
-
-
-def _sorted(value: Any) -> Any:
-    return {key: _sorted(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def read_recipe(path: str | Path) -> Recipe:
