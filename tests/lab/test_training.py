@@ -62,6 +62,12 @@ def test_it_learns_and_leaves_a_model_that_transformers_loads(make_recipe, lab_d
     assert min(last["lis"]) >= 1
 
 
+def test_torch_s_settings_are_put_back(make_recipe, lab_data, tmp_path):
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    train(make_recipe(threads=before[0] + 1), lab_data, tmp_path / "run", until=1, progress=False)
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
 def test_bf16_products_train_too(make_recipe, lab_data, tmp_path):
     exact = train(make_recipe(), lab_data, tmp_path / "a", until=3, progress=False)
     rounded = train(make_recipe(precision="bf16"), lab_data, tmp_path / "b", until=3, progress=False)

@@ -38,6 +38,8 @@ def save_checkpoint(
     }
     tensors |= {f"extension.{name}.{key}": value for name, one in extensions.items() for key, value in one.state().items()}
     tensors["generator"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["cuda_generator"] = torch.cuda.get_rng_state()
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
     header = {"format": FORMAT, "recipe": fingerprint, "steps": str(len(losses))}
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -75,6 +77,8 @@ def load_checkpoint(
         prefix = f"extension.{name}."
         one.load_state({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
     torch.set_rng_state(tensors["generator"])
+    if "cuda_generator" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda_generator"])
     return [float(loss) for loss in tensors["losses"]]
 
 

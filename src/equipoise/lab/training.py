@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,30 @@ def train(
     Raises:
         EquipoiseError: no text, a checkpoint of another recipe, or a loss that is not a number.
     """
-    setting = recipe.training
-    if device == "cpu":
-        torch.set_num_threads(setting.threads)
+    with _reproducible(device, recipe.training.threads):
+        return _train(recipe, data, out, device, until, progress, say)
+
+
+@contextmanager
+def _reproducible(device: str, threads: int) -> Iterator[None]:
+    """The same bits each time, as far as torch can; its settings are put back afterwards."""
+    own_threads = torch.get_num_threads()
+    own_rule = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products are not reproducible
+    if device == "cpu":
+        torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own_threads)
+        torch.use_deterministic_algorithms(own_rule[0], warn_only=own_rule[1])
+
+
+def _train(
+    recipe: Recipe, data: Path, out: Path, device: str, until: int | None, progress: bool, say: Callable[[str], None]
+) -> list[float]:
+    setting = recipe.training
     tokenizer = load_or_train_tokenizer(recipe.mix, recipe.tokenizer_directory, data)
     model = build_model(recipe, tokenizer).to(device).train()
     framing = Framing.of(tokenizer, model.config)
