@@ -88,9 +88,13 @@ def robust(
         raise PlanError(f"slack: {slack!r} given; allowed is a number from 0; {SLACK} is the default.")
     data = _data(profile, phase)
     shapes = list(zip((layer.num_experts for layer in profile.model.layers), goal.slots, strict=True))
-    ratio_CL, bal_C, folds = _cross_validate(data, shapes, goal, groups, seed, slack)
+    ratio_CL: Floats | None = None
+    if keep is not None:
+        choice, note = "spread", "not cross-validated: what may move is bounded by keep."
+    else:
+        ratio_CL, bal_C, folds = _cross_validate(data, shapes, goal, groups, seed, slack)
+        choice, note = _choose(bal_C, folds, guard)
     before = None if current is None else placement_of(current, profile, units)
-    choice, note = _choose(bal_C, folds, guard, keep)
     default = [contiguous_placement(experts, p, units) for experts, p in shapes]
     if choice == "default":
         physical_L = default
@@ -98,7 +102,7 @@ def robust(
         physical_L = by_shape(shapes, lambda rows, e, p: _kept(data, rows, e, p, goal, groups, seed, before, keep))
     else:
         physical_L = by_shape(shapes, lambda rows, e, p: _placed(data, rows, e, p, goal, groups, seed, slack, before)[choice])
-    outside = None if ratio_CL is None or keep is not None else ratio_CL[CANDIDATES.index(choice)]
+    outside = None if ratio_CL is None else ratio_CL[CANDIDATES.index(choice)]
     return rank_plan(
         profile, physical_L, ranks=units, nodes=nodes, method="robust", seed=seed, current=current, note=note,
         out_of_sample_L=None if outside is None else [None if np.isnan(x) else float(x) for x in outside],
@@ -248,17 +252,17 @@ def _judge(
     return served_L
 
 
-def _choose(bal_C: Floats | None, folds: int, guard: bool, keep: int | None) -> tuple[str, str]:
+def _choose(bal_C: Floats | None, folds: int, guard: bool) -> tuple[str, str]:
     """The candidate to emit, and what the user should read."""
     if bal_C is None:
         return "spread", "not cross-validated: the profile has one scenario and no windows; record several kinds of traffic."
     score = dict(zip(CANDIDATES, bal_C.tolist(), strict=True))
-    better = "spread" if score["spread"] >= score["level"] or keep is not None else "level"
+    better = "spread" if score["spread"] >= score["level"] else "level"
     figures = (
         f"balancedness held out ({folds} folds): {score[better]:.3f}, engine's default {score['default']:.3f}, "
         f"levelled on the total load {score['level']:.3f}"
     )
-    if guard and keep is None and score[better] <= score["default"]:
+    if guard and score[better] <= score["default"]:
         return "default", f"the engine's default placement is kept: no plan does better on traffic held out. {figures}."
     kind = (
         "" if better == "spread" else " The levelled placement is used: parting experts that are hot together gained nothing."
