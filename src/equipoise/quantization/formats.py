@@ -1,7 +1,8 @@
-"""Weights in few bits: rounding, packing and unpacking, batched over any leading axes (experts).
+"""Weights as they are stored: rounded, packed and read back, batched over any leading axes (experts).
 
-A quantized matrix is packed row by row, ceil(columns * bits / 8) bytes each, beside one bf16 scale per row and group;
-its bytes are exactly those that `precisions.Precision.matrix_bytes` gives to the planner.
+A quantized matrix is three tensors, laid out as in compressed-tensors checkpoints: codes (`quantization.codes.pack`), bf16
+scales, and zero points where the format has them. Their bytes are exactly those that `precisions.Precision.matrix_bytes`
+gives to the planner.
 """
 
 from __future__ import annotations
@@ -13,99 +14,121 @@ from torch import Tensor
 
 from equipoise.errors import EquipoiseError, ModelError
 from equipoise.precisions import Precision, precision
-from equipoise.quantization.methods import METHODS, group_columns, spread_scales
+from equipoise.quantization.codes import (
+    float_from_fp8,
+    group_columns,
+    pack,
+    pack_zeros,
+    packed_dtype,
+    spread_scales,
+    unpack,
+    unpack_zeros,
+)
+from equipoise.quantization.methods import METHODS, Rounded
 
 FLOAT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class QuantizedMatrix:
-    """Matrices [..., rows, columns] in an integer format.
+    """Matrices [..., rows, columns] in a quantized format.
 
     Attributes:
-        packed: int8 [..., rows, columns] for 8 bits, uint8 [..., rows, ceil(columns / 2)] for 4 bits.
+        packed: codes; int8 or float8 [..., rows, columns] for 8 bits, int32 [..., rows, ceil(columns * bits / 32)] for fewer.
         scales: bf16 [..., rows, groups].
-        columns: inputs of the matrix, which packing to whole bytes hides.
+        zeros: codes of zero, packed along the rows: int8 [..., rows, groups] for 8 bits,
+            int32 [..., ceil(rows * bits / 32), groups] for fewer; None in symmetric formats.
+        columns: inputs of the matrix, which packing to whole words hides.
         precision: the storage format.
     """
 
     packed: Tensor
     scales: Tensor
+    zeros: Tensor | None
     columns: int
     precision: Precision
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: packed weights and scales."""
-        return int(self.packed.nbytes + self.scales.nbytes)
+        """Bytes stored: codes, scales and zero points."""
+        return int(self.packed.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrices [..., rows, columns] as floats."""
-        return dequantize(self.packed, self.scales, self.columns, self.precision, dtype)
+        return dequantize(self.packed, self.scales, self.zeros, self.columns, self.precision, dtype)
 
 
-def packed_columns(columns: int, precision: Precision) -> int:
-    """Bytes of one packed row."""
-    return (columns * precision.bits + 7) // 8
+def empty_storage(rows: int, columns: int, form: Precision) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each stored tensor of one [rows, columns] matrix: "packed", "scales" and, if asymmetric, "zeros".
+
+    Raises:
+        EquipoiseError: a float precision.
+    """
+    _require_quantized(form)
+    groups = form.groups(columns)
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "packed": ((rows, form.packed_columns(columns)), packed_dtype(form)),
+        "scales": ((rows, groups), torch.bfloat16),
+    }
+    if not form.symmetric:
+        stored["zeros"] = ((form.zero_rows(rows), groups), torch.int8 if form.bits == 8 else torch.int32)
+    return stored
 
 
-def scale_groups(columns: int, precision: Precision) -> int:
-    """Scales of one row."""
-    return -(-columns // group_columns(columns, precision))
-
-
-def packed_dtype(precision: Precision) -> torch.dtype:
-    """Type of the packed tensor: signed bytes for 8 bits, pairs of nibbles for 4."""
-    return torch.int8 if precision.bits == 8 else torch.uint8
-
-
-def quantize(weight: Tensor, name: str | Precision, method: str = "rtn") -> QuantizedMatrix:
-    """Round and pack weights into an integer format.
+def quantize(weight: Tensor, name: str | Precision, method: str = "rtn", hessian: Tensor | None = None) -> QuantizedMatrix:
+    """Round and pack weights into a quantized format.
 
     Args:
         weight: [..., rows, columns] weights, finite.
-        name: an integer precision or its name ("int8", "int4", "int4-g64").
+        name: a quantized precision or its name ("int8", "int4", "int3-g64-asym", "fp8").
         method: a rounding of `quantization.methods.METHODS`.
+        hessian: [..., columns, columns] of the inputs, for methods that look at what the weights are multiplied with.
 
     Raises:
-        EquipoiseError: a float precision, an unknown precision or method.
+        EquipoiseError: a float precision, an unknown precision or method, or a method whose Hessian is missing.
         ModelError: NaN or infinite weights.
     """
     form = name if isinstance(name, Precision) else precision(name)
-    if form.is_float:
-        raise EquipoiseError(f"'{form.name}' is a float format; integer formats are int8, int4 and int4-gN.")
+    _require_quantized(form)
+    chosen = METHODS.get(method)
+    if chosen.needs_hessian and hessian is None:
+        raise EquipoiseError(f"quantization method '{method}' needs calibration text (its Hessian); give some, or use 'rtn'.")
     require_finite(weight)
-    codes, scales = METHODS.get(method)(weight, form)
-    return QuantizedMatrix(pack(codes, form), scales, weight.shape[-1], form)
+    return store(chosen.round(weight, form, hessian), weight.shape[-1], form)
 
 
-def pack(codes: Tensor, form: Precision) -> Tensor:
-    """Codes [..., columns] as packed bytes.
+def store(rounded: Rounded, columns: int, form: Precision) -> QuantizedMatrix:
+    """Rounded weights as stored.
 
-    4-bit codes are two's complement nibbles: the first half of a row in the low ones, the second half in the high ones, so
-    that unpacking writes two contiguous halves. An odd last nibble is zero.
+    Args:
+        rounded: codes [..., rows, columns], their scales and zero points.
+        columns: inputs of the matrix.
+        form: the format they were rounded to.
     """
-    if form.bits == 8:
-        return codes.to(torch.int8)
-    low, high = torch.nn.functional.pad(codes.to(torch.int16), (0, codes.shape[-1] % 2)).chunk(2, dim=-1)
-    return ((low & 15) | (high << 4)).to(torch.uint8)
+    assert (rounded.zeros is None) == form.symmetric, f"{form.name} was rounded with the wrong kind of zero"
+    zeros = None if rounded.zeros is None else pack_zeros(rounded.zeros, form)
+    return QuantizedMatrix(pack(rounded.codes, form), rounded.scales.to(torch.bfloat16), zeros, columns, form)
 
 
-def unpack(packed: Tensor, columns: int, form: Precision) -> Tensor:
-    """The int8 codes [..., columns] of packed bytes; the inverse of `pack`."""
-    if form.bits == 8:
-        return packed
-    signed = packed.view(torch.int8)
-    return torch.cat(((signed << 4) >> 4, signed >> 4), dim=-1)[..., :columns]
+def dequantize(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, columns: int, form: Precision, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Stored codes, scales and zero points as float matrices [..., rows, columns]: (code - zero) * scale.
 
-
-def dequantize(packed: Tensor, scales: Tensor, columns: int, form: Precision, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Packed bytes and scales as float matrices [..., rows, columns]."""
-    codes = unpack(packed, columns, form).to(dtype)
+    The difference is exact in every float type; the product is rounded once, to `dtype`.
+    """
+    codes = float_from_fp8(packed, dtype) if form.is_fp8 else unpack(packed, columns, form).to(dtype)
+    scales = scales.to(dtype)
+    shift = None if zeros is None else unpack_zeros(zeros, packed.shape[-2], form).to(dtype)
     groups = scales.shape[-1]
     if groups > 1 and groups * group_columns(columns, form) == columns:
-        return codes.unflatten(-1, (groups, -1)).mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)
-    return codes.mul_(spread_scales(scales.to(dtype), columns, form))
+        codes = codes.unflatten(-1, (groups, -1))
+        if shift is not None:
+            codes = codes.sub_(shift.unsqueeze(-1))
+        return codes.mul_(scales.unsqueeze(-1)).flatten(-2)
+    if shift is not None:
+        codes = codes.sub_(spread_scales(shift, columns, form))
+    return codes.mul_(spread_scales(scales, columns, form))
 
 
 def round_trip(weight: Tensor, name: str | Precision, method: str = "rtn") -> Tensor:
@@ -114,7 +137,7 @@ def round_trip(weight: Tensor, name: str | Precision, method: str = "rtn") -> Te
     Args:
         weight: [..., rows, columns] weights.
         name: any precision or its name, floats included.
-        method: rounding of the integer formats.
+        method: rounding of the quantized formats.
     """
     form = name if isinstance(name, Precision) else precision(name)
     if form.is_float:
@@ -141,3 +164,8 @@ def require_finite(weight: Tensor) -> None:
     if not torch.isfinite(weight.sum(dtype=torch.float64)):
         bad = int((~torch.isfinite(weight)).sum())
         raise ModelError(f"{bad} of {weight.numel()} expert weights are NaN or infinite; check the checkpoint.")
+
+
+def _require_quantized(form: Precision) -> None:
+    if form.is_float:
+        raise EquipoiseError(f"'{form.name}' is a float format; quantized formats are int8, int4, int3, int2 and fp8.")
