@@ -14,6 +14,7 @@ from equipoise.errors import ModelError
 from equipoise.models.adapters import (
     ADAPTERS,
     ExpertsAdapter,
+    expert_hidden,
     expert_matrices,
     expert_vectors,
     gated_expert,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MoELayer",
     "check_weights",
+    "expert_hidden",
     "expert_matrices",
     "expert_vectors",
     "find_moe_layers",

@@ -1,56 +1,65 @@
-"""How weights are rounded to few bits: one registry, so that a better rounding is one more entry.
-
-A method turns weights [..., rows, columns] into integer codes of the same shape and bf16 scales [..., rows, groups].
-"""
+"""How weights are rounded to few bits: one registry, so that a better rounding is one more entry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from equipoise.precisions import Precision
+from equipoise.quantization.gptq import gptq
+from equipoise.quantization.rtn import Rounded, rtn, rtn_clip
 from equipoise.registry import Registry
 
-Rounding = Callable[[Tensor, Precision], tuple[Tensor, Tensor]]
-METHODS: Registry[Rounding] = Registry("quantization method")
+__all__ = ["METHODS", "Method", "Rounded", "Rounding"]
 
 
-def group_columns(columns: int, precision: Precision) -> int:
-    """Columns that share one scale: the precision's group, or the whole row."""
-    return columns if precision.group is None else min(precision.group, columns)
+class Rounding(Protocol):
+    """A function from weights to codes."""
+
+    def __call__(self, weight: Tensor, precision: Precision, hessian: Tensor | None = None, *, damp: float = ...) -> Rounded:
+        """Round weights [..., R, C] to a format, with the second moments [..., C, C] of their inputs where they are known."""
+        ...
 
 
-def largest_code(precision: Precision) -> int:
-    """The largest code of a symmetric format: 127 for 8 bits, 7 for 4 bits; -128 and -8 stay unused."""
-    return int(2 ** (precision.bits - 1) - 1)
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A rounding method.
 
-
-def spread_scales(scales: Tensor, columns: int, precision: Precision) -> Tensor:
-    """Scales [..., rows, groups] repeated to [..., rows, columns]; the last group may be shorter than the others."""
-    if scales.shape[-1] == 1:
-        return scales.expand(*scales.shape[:-1], columns)
-    return scales.repeat_interleave(group_columns(columns, precision), dim=-1)[..., :columns]
-
-
-@METHODS.register("rtn", summary="round each weight to the nearest code of its group's largest magnitude", source="Equipoise")
-def rtn(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-    """Symmetric round-to-nearest.
-
-    Args:
-        weight: [..., rows, columns] finite weights of any float type.
-        precision: an integer format.
-
-    Returns:
-        int8 codes [..., rows, columns] and bf16 scales [..., rows, groups].
+    Attributes:
+        round: weights, format and Hessian -> codes and scales.
+        needs_hessian: whether it cannot do without a Hessian.
+        gate_power: power of the gate weight in that Hessian.
+        reads_hessian: whether it makes use of one at all.
     """
-    columns, group, top = weight.shape[-1], group_columns(weight.shape[-1], precision), largest_code(precision)
-    weight = weight.float()
-    groups = -(-columns // group)
-    padded = torch.nn.functional.pad(weight.abs(), (0, groups * group - columns))
-    # The scale is rounded to its stored form first, so that the codes make up for its rounding.
-    scales = (padded.unflatten(-1, (groups, group)).amax(-1) / top).to(torch.bfloat16)
-    inverse = torch.where(scales > 0, scales.float(), torch.inf).reciprocal()
-    codes = (weight * spread_scales(inverse, columns, precision)).round_().clamp_(-top, top)
-    return codes.to(torch.int8), scales
+
+    round: Rounding
+    needs_hessian: bool = False
+    gate_power: int = 0
+    reads_hessian: bool = True
+
+    def __call__(self, weight: Tensor, precision: Precision, hessian: Tensor | None = None) -> Rounded:
+        """Round weights [..., R, C]."""
+        return self.round(weight, precision, hessian)
+
+
+METHODS: Registry[Method] = Registry("quantization method")
+
+_GPTQ, _MOEQUANT = "GPTQ, arXiv:2210.17323", "MoEQuant, arXiv:2505.03804, eq. 18-19"
+
+METHODS.register("rtn", summary="round each weight to the nearest code of its group's largest magnitude", source="Equipoise")(
+    Method(rtn, reads_hessian=False)
+)
+METHODS.register("rtn-clip", summary="rtn with each group's scale chosen for the least squared error", source="Equipoise")(
+    Method(rtn_clip)
+)
+METHODS.register("gptq", summary="round column by column, later columns making up for earlier ones' errors", source=_GPTQ)(
+    Method(gptq, needs_hessian=True)
+)
+METHODS.register("agq", summary="gptq with each token weighted by its gate", source=_MOEQUANT)(
+    Method(gptq, needs_hessian=True, gate_power=1)
+)
+METHODS.register("agq2", summary="gptq with each token weighted by its squared gate, as output error is", source="Equipoise")(
+    Method(gptq, needs_hessian=True, gate_power=2)
+)

@@ -4,7 +4,7 @@ A family that shares the common call and storage needs none of its own: `Fused` 
 `transformers.integrations.moe.use_experts_implementation`.
 """
 
-from equipoise.models.adapters.access import expert_matrices, expert_vectors, gated_expert, observe, run_expert
+from equipoise.models.adapters.access import expert_hidden, expert_matrices, expert_vectors, gated_expert, observe, run_expert
 from equipoise.models.adapters.base import Callback, ExpertsAdapter, Handle, storage_name
 from equipoise.models.adapters.fused import Fused, IdentityExperts, ModalityExperts, SkipClass
 from equipoise.models.adapters.undecorated import Dbrx, JetMoe, Llama4, NllbMoe, Switch
@@ -27,6 +27,7 @@ __all__ = [
     "Callback",
     "ExpertsAdapter",
     "Handle",
+    "expert_hidden",
     "expert_matrices",
     "expert_vectors",
     "gated_expert",

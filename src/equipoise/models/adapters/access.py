@@ -12,6 +12,9 @@ from torch import Tensor
 from equipoise.errors import ModelError
 from equipoise.models.adapters.base import Callback, Handle, Layer
 
+STREAMED = "_equipoise_streamed"
+"""Attribute of a model whose layers are read from disk when they are used: its `models.streamed.Streamed`."""
+
 
 def observe(layer: Layer, callback: Callback) -> Handle:
     """Call back whenever tokens are sent to a layer's experts, before the experts run.
@@ -35,6 +38,9 @@ def expert_matrices(layer: Layer, expert: int) -> list[Tensor]:
     """
     if layer.balanced:
         raise ModelError(f"{layer.path} is balanced already: its experts are slots; load the original model instead.")
+    streamed = getattr(layer.ancestors[0], STREAMED, None)
+    if streamed is not None:
+        streamed.fetch(layer.path)
     return layer.adapter.expert_matrices(layer.experts, expert)
 
 
@@ -56,6 +62,21 @@ def run_expert(layer: Layer, expert: int, x_TD: Tensor, matrices: Sequence[Tenso
         y_TD: [T, D] outputs.
     """
     return layer.adapter.run(layer.experts, expert, x_TD, expert_matrices(layer, expert) if matrices is None else matrices)
+
+
+def expert_hidden(layer: Layer, expert: int, x_TD: Tensor, ups: Sequence[Tensor]) -> Tensor:
+    """What one expert multiplies its last matrix with.
+
+    Args:
+        layer: the layer of the expert.
+        expert: its id, 0..E-1.
+        x_TD: [T, D] inputs, as the expert receives them.
+        ups: all its matrices but the last, or weights in their place.
+
+    Returns:
+        [T, F] activations.
+    """
+    return layer.adapter.hidden(layer.experts, expert, x_TD, ups)
 
 
 def gated_expert(

@@ -109,6 +109,10 @@ class ExpertsAdapter(ABC):
         return []
 
     @abstractmethod
+    def hidden(self, experts: nn.Module, expert: int, x_TD: Tensor, ups: Sequence[Tensor]) -> Tensor:
+        """[T, F] what one expert multiplies its last matrix with, from the given matrices before it."""
+
+    @abstractmethod
     def run(self, experts: nn.Module, expert: int, x_TD: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """The function of one expert with the given matrices, without the gate weight."""
 

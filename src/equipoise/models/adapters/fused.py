@@ -42,12 +42,16 @@ class Fused(ExpertsAdapter):
         biases = (getattr(experts, f"{name}_bias", None) for name in (self._up_name(experts), "down_proj"))
         return [bias[expert] for bias in biases if bias is not None]
 
+    def hidden(self, experts: nn.Module, expert: int, x_TD: Tensor, ups: Sequence[Tensor]) -> Tensor:
+        """gate(up(x)), with the module's own gate and biases."""
+        bias, *_ = self.expert_vectors(experts, expert) or (None,)
+        return self._activate(experts, affine(x_TD, ups[0], bias))
+
     def run(self, experts: nn.Module, expert: int, x_TD: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """down(gate(up(x))), with the module's own gate, biases and post-expert norm."""
-        up, down = matrices
-        up_bias, down_bias = self.expert_vectors(experts, expert) or (None, None)
-        hidden_TF = self._activate(experts, affine(x_TD, up, up_bias))
-        y_TD = affine(hidden_TF, down, down_bias)
+        *ups, down = matrices
+        *_, bias = self.expert_vectors(experts, expert) or (None,)
+        y_TD = affine(self.hidden(experts, expert, x_TD, ups), down, bias)
         return experts.post_expert_norm(y_TD) if getattr(experts, "has_post_expert_norm", False) else y_TD
 
     def observe(self, layer: Layer, callback: Callback) -> Handle:

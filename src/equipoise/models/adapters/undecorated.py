@@ -61,11 +61,17 @@ class _ModuleDict(ExpertsAdapter):
         """Biases of the two linear layers, where they have one."""
         return [layer.bias for layer in self._layers(experts, expert) if layer.bias is not None]
 
+    def hidden(self, experts: nn.Module, expert: int, x_TD: Tensor, ups: Sequence[Tensor]) -> Tensor:
+        """act(first(x))."""
+        first, _ = self._layers(experts, expert)
+        hidden_TF: Tensor = experts[f"expert_{expert}"].act(affine(x_TD, ups[0], first.bias))
+        return hidden_TF
+
     def run(self, experts: nn.Module, expert: int, x_TD: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """second(act(first(x)))."""
-        first, second = self._layers(experts, expert)
-        hidden_TF = experts[f"expert_{expert}"].act(affine(x_TD, matrices[0], first.bias))
-        return affine(hidden_TF, matrices[1], second.bias)
+        *ups, down = matrices
+        _, second = self._layers(experts, expert)
+        return affine(self.hidden(experts, expert, x_TD, ups), down, second.bias)
 
     def _layers(self, experts: nn.Module, expert: int) -> list[nn.Linear]:
         return [getattr(experts[f"expert_{expert}"], name) for name in self.linears]
@@ -150,10 +156,15 @@ class JetMoe(ExpertsAdapter):
         """[gate and up] and down, as views."""
         return [experts.input_linear.weight[expert], experts.output_linear.weight[expert]]
 
+    def hidden(self, experts: nn.Module, expert: int, x_TD: Tensor, ups: Sequence[Tensor]) -> Tensor:
+        """act(gate) * up."""
+        gate, up = affine(x_TD, ups[0]).chunk(2, dim=-1)
+        return experts.activation(gate) * up
+
     def run(self, experts: nn.Module, expert: int, x_TD: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """output(act(gate) * up); the layer's bias is outside the experts."""
-        gate, up = affine(x_TD, matrices[0]).chunk(2, dim=-1)
-        return affine(experts.activation(gate) * up, matrices[1])
+        *ups, down = matrices
+        return affine(self.hidden(experts, expert, x_TD, ups), down)
 
     def observe(self, layer: Layer, callback: Callback) -> Handle:
         """Hook the router and put its sorted selections back into the order of tokens."""
@@ -195,7 +206,12 @@ class Dbrx(Fused):
         """None."""
         return []
 
+    def hidden(self, experts: nn.Module, expert: int, x_TD: Tensor, ups: Sequence[Tensor]) -> Tensor:
+        """act(gate(x)) * up(x)."""
+        gate, up = ups
+        return experts.mlp.activation_fn(affine(x_TD, gate)) * affine(x_TD, up)
+
     def run(self, experts: nn.Module, expert: int, x_TD: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """down(act(gate(x)) * up(x))."""
-        gate, up, down = matrices
-        return affine(experts.mlp.activation_fn(affine(x_TD, gate)) * affine(x_TD, up), down)
+        *ups, down = matrices
+        return affine(self.hidden(experts, expert, x_TD, ups), down)
