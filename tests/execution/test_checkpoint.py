@@ -251,7 +251,7 @@ def test_damaged_configurations_are_refused(balanced: PreTrainedModel, fresh: Fr
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("step", ["_write", "_keep_others", "_put_in_place"])
+@pytest.mark.parametrize("step", ["_write", "keep_others", "put_in_place"])
 def test_a_failed_save_leaves_the_old_directory_or_none(
     balanced: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool, step: str
 ) -> None:
@@ -281,7 +281,7 @@ def test_a_killed_save_leaves_the_old_directory(balanced: PreTrainedModel, tmp_p
         import equipoise
         from equipoise.execution import checkpoint
         model = checkpoint.load(sys.argv[1])
-        checkpoint._put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is in place
+        checkpoint.put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is in place
         model.save_pretrained(sys.argv[1])
         """,
         directory,

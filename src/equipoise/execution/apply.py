@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from equipoise.artifacts import Plan
-from equipoise.errors import ModelError, PlanError, unknown_name
+from equipoise.errors import EquipoiseError, ModelError, PlanError, unknown_name
 from equipoise.execution.families import family_of
 from equipoise.execution.hf_quantizer import mark_balanced
 from equipoise.execution.install import install
+from equipoise.execution.layerwise import Batch, Calibration, Progress, quantize_model
 from equipoise.execution.slots import ExpertSlots, slots_of
 from equipoise.models.fingerprint import check_weights
 from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors, find_moe_layers, model_facts
+from equipoise.models.streamed import streamed_of
 from equipoise.precisions import precision
 from equipoise.quantization.formats import to_float
 from equipoise.quantization.methods import METHODS
@@ -25,18 +28,36 @@ if TYPE_CHECKING:
 DISPATCHES = ("even", "least_loaded", "gate_aware")
 
 
-def apply_plan(model: PreTrainedModel, plan: Plan, *, method: str = "rtn", int8_activations: bool = True) -> PreTrainedModel:
+def apply_plan(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    method: str = "rtn",
+    batches: Sequence[Batch] | None = None,
+    options: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    resume_dir: str | Path | None = None,
+    int8_activations: bool = True,
+    progress: Progress = lambda done, total: None,
+) -> PreTrainedModel:
     """Balance a model: its experts are stored and run as the plan's slots.
 
-    Layers are converted one after the other, so that beside the model at most one layer's slots are held extra.
+    Layers are converted one after the other, so that beside the model at most one layer's slots are held extra. With text,
+    each layer is rounded on what reaches it when all layers before it are rounded already (`execution.layerwise`).
 
     Args:
         model: the model that the plan was made for, unquantized.
         plan: what to do.
-        method: rounding of the integer formats (`quantization.methods.METHODS`).
+        method: rounding of the quantized formats (`quantization.methods.METHODS`).
+        batches: calibration text, such as `profiling.sequences.make_batches` gives; methods that use Hessians need it, and
+            what a method does not use is left alone.
+        options: of the rounding on text: damp, shrink, refit, rotate (`quantization.layer.quantize_experts`).
+        workers: groups of experts that are rounded at the same time; no effect on the result.
+        resume_dir: directory of finished layers, which an interrupted run on text goes on from; delete it afterwards.
         int8_activations: also round the inputs of 8-bit experts to 8 bits, per token, where the CPU multiplies bytes
             faster than floats (VNNI): several times the speed of float experts, where weights in 8 bits alone only save
             memory. The price is an error of the size of the weights' own; see docs for what it did to a real model.
+        progress: told after each layer that is rounded on text.
 
     Returns:
         the same model, changed in place; it saves, loads and generates like any other.
@@ -44,16 +65,24 @@ def apply_plan(model: PreTrainedModel, plan: Plan, *, method: str = "rtn", int8_
     Raises:
         PlanError: the plan belongs to another model, or the model carries a plan already.
         ModelError: the model has no MoE layers, is quantized or sharded otherwise, or has NaN or infinite experts.
+        EquipoiseError: unknown method or option, or a method that needs text and got none.
     """
     if slots_of(model):
         raise PlanError("this model carries a plan already; load the original again to apply another.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model is quantized already; plans are applied to 16- or 32-bit models.")
+    if streamed_of(model) is not None:
+        raise ModelError("the model is read from its files layer by layer; carry the plan out with apply_streamed.")
     plan.check_model(model_facts(model, plan.model.name))
     layers = find_moe_layers(model)
-    _check(model, plan, layers, method)
-    install(model, plan, layers, method=method, int8_activations=int8_activations)
-    mark_balanced(model, plan, int8_activations)
+    _check(model, plan, layers, method, batches is not None)
+    if batches is not None and METHODS.get(method).reads_hessian:
+        calibration = Calibration(batches, method, options or {}, workers)
+        quantize_model(model, plan, calibration, resume_dir=resume_dir, int8_activations=int8_activations, progress=progress)
+        mark_balanced(model, plan, int8_activations, calibration.record())
+    else:
+        install(model, plan, layers, method=method, int8_activations=int8_activations)
+        mark_balanced(model, plan, int8_activations, {"method": method})
     return model
 
 
@@ -107,9 +136,10 @@ def _slots_or_error(model: nn.Module) -> list[ExpertSlots]:
     return slots
 
 
-def _check(model: PreTrainedModel, plan: Plan, layers: Sequence[MoELayer], method: str) -> None:
+def _check(model: PreTrainedModel, plan: Plan, layers: Sequence[MoELayer], method: str, has_text: bool) -> None:
     """Everything that could stop the conversion, before the first layer is touched."""
-    METHODS.get(method)
+    if METHODS.get(method).needs_hessian and not has_text:
+        raise EquipoiseError(f"quantization method '{method}' needs calibration text; give `batches`, or use 'rtn'.")
     check_weights(model)
     for layer, columns in zip(layers, plan.layers, strict=True):
         family_of(layer)

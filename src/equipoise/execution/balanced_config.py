@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import zlib
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -28,16 +29,29 @@ class EquipoiseConfig(QuantizationConfigMixin):  # type: ignore[misc]
             own; `equipoise.plan.json` beside the weights is for reading.
         weights: name of the weights file or of its index.
         int8_activations: whether 8-bit experts round their inputs to 8 bits too.
+        rounding: how the experts were rounded: method and, on calibration text, its hash, tokens and options.
     """
 
     def __init__(
-        self, plan: str | Plan = "", weights: str = WEIGHTS, int8_activations: bool = True, quant_method: str = METHOD, **_: Any
+        self,
+        plan: str | Plan = "",
+        weights: str = WEIGHTS,
+        int8_activations: bool = True,
+        rounding: Mapping[str, Any] | None = None,
+        quant_method: str = METHOD,
+        **_: Any,
     ) -> None:
         self.quant_method = quant_method
         self.plan = _packed(plan) if isinstance(plan, Plan) else plan
         self.weights = weights
         self.int8_activations = int8_activations
+        self.rounding = dict(rounding or {})
         self.read_plan()
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the last matrices of quantized experts are stored rotated."""
+        return bool(self.rounding.get("options", {}).get("rotate"))
 
     def read_plan(self) -> Plan:
         """The plan.

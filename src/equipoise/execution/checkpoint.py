@@ -48,13 +48,13 @@ def save_balanced(model: PreTrainedModel, tokenizer: Any | None, directory: str 
     directory = Path(os.path.abspath(directory))
     temporary: Path | None = None
     try:
-        _refuse_other_model(directory)
+        refuse_other_model(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
         _write(model, tokenizer, temporary, options)
         plan.save(temporary / PLAN_FILE)
-        _keep_others(directory, temporary)
-        _put_in_place(temporary, directory)
+        keep_others(directory, temporary)
+        put_in_place(temporary, directory)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write '{directory}': {reason}. Choose a writable place with enough room.") from error
@@ -121,8 +121,11 @@ def _write(model: Any, tokenizer: Any | None, directory: Path, options: dict[str
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _refuse_other_model(directory: Path) -> None:
-    """Weights under stock names would be loaded by tools that do not know the plan: never leave them beside ours."""
+def refuse_other_model(directory: Path) -> None:
+    """Raise `CheckpointError` when a directory holds weights that are not of a balanced model.
+
+    Weights under stock names would be loaded by tools that do not know the plan: they are never left beside ours.
+    """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"cannot write '{directory}': it is a file. Choose a directory.")
     others = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern)) if directory.exists() else []
@@ -130,7 +133,12 @@ def _refuse_other_model(directory: Path) -> None:
         raise CheckpointError(f"'{directory}' holds another model's weights ({others[0]}); choose a directory of its own.")
 
 
-def _keep_others(old: Path, new: Path) -> None:
+def work_directory(directory: Path) -> Path:
+    """Where a run that takes long prepares a directory: a hidden neighbour that the same run finds again."""
+    return directory.with_name(f".{directory.name}.part")
+
+
+def keep_others(old: Path, new: Path) -> None:
     """Bring along what an earlier save left and this one does not replace, its weights excepted."""
     if not old.exists():
         return
@@ -143,7 +151,7 @@ def _keep_others(old: Path, new: Path) -> None:
             shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
-def _put_in_place(new: Path, directory: Path) -> None:
+def put_in_place(new: Path, directory: Path) -> None:
     """Rename a finished directory to its place; an old one is moved aside first and removed last."""
     umask = os.umask(0)
     os.umask(umask)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.errors import ModelError
-from equipoise.execution.slots import Activation, ExpertSlots
+from equipoise.execution.slot_group import Activation
+from equipoise.execution.slots import ExpertSlots
 from equipoise.models.adapters.base import nonzero_topk
 from equipoise.models.layers import MoELayer
 

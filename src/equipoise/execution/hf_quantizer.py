@@ -7,6 +7,7 @@ experts with random numbers, but finding no weights under the usual names it sto
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -44,7 +45,7 @@ class EquipoiseQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         plan = config.read_plan()
         layers = _matching(find_moe_layers(model), plan)
-        install(model, plan, layers, method=None, int8_activations=config.int8_activations)
+        install(model, plan, layers, method=None, int8_activations=config.int8_activations, rotated=config.rotated)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Transformers only warns of missing tensors; an expert without its weights must not answer."""
@@ -67,13 +68,20 @@ class EquipoiseQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def mark_balanced(model: Any, plan: Plan, int8_activations: bool) -> None:
-    """Tell transformers that a model carries a plan, so that it saves as one."""
+def mark_balanced(model: Any, plan: Plan, int8_activations: bool, rounding: Mapping[str, Any] | None = None) -> None:
+    """Tell transformers that a model carries a plan, so that it saves as one.
+
+    Args:
+        model: a model with slots.
+        plan: what they are.
+        int8_activations: as for `apply.apply_plan`.
+        rounding: the record of how its experts were rounded, when that is known anew.
+    """
     from equipoise.execution.checkpoint import save_pretrained
 
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, EquipoiseConfig):
-        config = EquipoiseConfig(plan, int8_activations=int8_activations)
+        config = EquipoiseConfig(plan, int8_activations=int8_activations, rounding=rounding)
     model.config.quantization_config = config
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights

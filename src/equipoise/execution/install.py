@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,17 +10,28 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from equipoise.artifacts import LayerPlan, Plan
 from equipoise.execution.families import IMPLEMENTATION, experts_forward, family_of
-from equipoise.execution.slots import ExpertSlots, SlotGroup, canonical
+from equipoise.execution.slot_group import SlotGroup
+from equipoise.execution.slots import ExpertSlots, canonical
 from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors
 from equipoise.models.tokens import TokenTracker
 from equipoise.precisions import precision
+from equipoise.quantization.formats import QuantizedMatrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Ready = Mapping[tuple[int, str], tuple[QuantizedMatrix, QuantizedMatrix]]
+"""Up and down of an expert by (expert, name of the precision), rounded already."""
+
 
 def install(
-    model: PreTrainedModel, plan: Plan, layers: Sequence[MoELayer], *, method: str | None, int8_activations: bool
+    model: PreTrainedModel,
+    plan: Plan,
+    layers: Sequence[MoELayer],
+    *,
+    method: str | None,
+    int8_activations: bool,
+    rotated: bool = False,
 ) -> None:
     """Put slots in the place of every layer's weights, and the hooks that know the tokens on the model.
 
@@ -30,20 +41,24 @@ def install(
         layers: the model's MoE layers, in the order of the plan.
         method: rounding of integer formats; None leaves the slots empty, to be loaded into.
         int8_activations: as for `apply.apply_plan`.
+        rotated: whether what is loaded was rounded rotated.
     """
-    tracker = SharedTracker(model, layers)
-    for layer, columns in zip(layers, plan.layers, strict=True):
-        slots = _build(layer, columns, plan)
+    tracker = begin_install(model, layers)
+    for layer in layers:
+        slots = build_slots(layer, plan, rotated)
         if method is not None:
-            _fill(layer, slots, method)
-        slots.dispatch, slots.batches = plan.dispatch, tracker.batch
-        for group in slots.groups:
-            group.int8_activations = int8_activations
-        family_of(layer).bind(layer, slots)
+            fill_slots(layer, slots, method)
+        put_slots(layer, slots, plan, tracker, int8_activations=int8_activations)
+
+
+def begin_install(model: PreTrainedModel, layers: Sequence[MoELayer]) -> SharedTracker:
+    """Make a model run those of its layers from slots that have them, and put on it the hooks that know the tokens."""
+    tracker = SharedTracker(model, layers)
     tracker.__enter__()
     if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
         ExpertsInterface.register(IMPLEMENTATION, experts_forward)
     model.set_experts_implementation(IMPLEMENTATION)
+    return tracker
 
 
 class SharedTracker(TokenTracker):
@@ -53,8 +68,9 @@ class SharedTracker(TokenTracker):
         return self
 
 
-def _build(layer: MoELayer, columns: LayerPlan, plan: Plan) -> ExpertSlots:
-    """Empty slots of one layer, on the device of its weights."""
+def build_slots(layer: MoELayer, plan: Plan, rotated: bool = False) -> ExpertSlots:
+    """Empty slots of one layer, on the device of its weights; quantized ones for rotated experts if told."""
+    columns: LayerPlan = plan.layers[layer.index]
     sample = expert_matrices(layer, 0)
     shapes = [(sum(m.shape[0] for m in sample[:-1]), sample[0].shape[1]), tuple(sample[-1].shape)]
     groups = {}
@@ -68,16 +84,42 @@ def _build(layer: MoELayer, columns: LayerPlan, plan: Plan) -> ExpertSlots:
             biases=bool(expert_vectors(layer, 0)),
             dtype=sample[0].dtype,
             device=sample[0].device,
+            rotated=rotated,
         )
     return ExpertSlots(columns, layer.index, layer.stack, plan.units, groups)
 
 
-def _fill(layer: MoELayer, slots: ExpertSlots, method: str) -> None:
-    """Copy or round each slot's expert into its storage."""
+def fill_slots(layer: MoELayer, slots: ExpertSlots, method: str, ready: Ready | None = None) -> None:
+    """Copy or round each slot's expert into its storage.
+
+    Args:
+        layer: the layer, with its weights.
+        slots: its slots.
+        method: rounding of what is not ready.
+        ready: experts that are rounded already.
+    """
     places = iter(slots.order)
     for group in slots.groups:
         for index in range(len(group)):
             expert = slots.plan.experts[next(places)]
-            *ups, down = expert_matrices(layer, expert)
-            up = ups[0] if len(ups) == 1 else torch.cat(ups)
-            group.write(index, (up, down), expert_vectors(layer, expert), method)
+            matrices = (ready or {}).get((expert, group.form.name)) or _up_and_down(layer, expert)
+            group.write(index, matrices, expert_vectors(layer, expert), method)
+
+
+def put_slots(layer: MoELayer, slots: ExpertSlots, plan: Plan, tracker: TokenTracker, *, int8_activations: bool) -> None:
+    """Put a layer's slots in the place of its weights, which are freed."""
+    slots.dispatch, slots.batches = plan.dispatch, tracker.batch
+    set_int8_activations([slots], int8_activations)
+    family_of(layer).bind(layer, slots)
+
+
+def set_int8_activations(layers: Sequence[ExpertSlots], on: bool) -> None:
+    """Choose for some layers whether 8-bit experts also round their inputs to 8 bits, where that is faster."""
+    for slots in layers:
+        for group in slots.groups:
+            group.int8_activations = on
+
+
+def _up_and_down(layer: MoELayer, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    *ups, down = expert_matrices(layer, expert)
+    return (ups[0] if len(ups) == 1 else torch.cat(ups), down)

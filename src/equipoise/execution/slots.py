@@ -1,33 +1,24 @@
 """The experts of a layer as physical slots, stored in groups of one precision.
 
-Shapes: T tokens, K top-k, S selections, N rows sorted by slot, D model width, F expert width, P slots of the layer,
-G slots of a group. `up` is [gate; up] in gated experts.
+Shapes: T tokens, K top-k, S selections, N rows sorted by slot, D model width, P slots of the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from equipoise.artifacts import LayerPlan
 from equipoise.errors import unknown_name
 from equipoise.execution import dispatch
-from equipoise.execution.kernels import converted_linear, grouped_linear, has_int8_kernel, int8_linear, scaled_rows
-from equipoise.precisions import Precision, precision
-from equipoise.quantization.formats import (
-    FLOAT_DTYPES,
-    dequantize,
-    packed_columns,
-    packed_dtype,
-    quantize,
-    scale_groups,
-    to_float,
-)
+from equipoise.execution.mixed_launch import mixed_experts
+from equipoise.execution.slot_group import Activation, SlotGroup
+from equipoise.precisions import precision
 
-Activation = Callable[[Tensor], Tensor]
 Listener = Callable[[Tensor, Tensor], None]
 """Called as listener(slot_S, real_S) with the slot that served each selection."""
 
@@ -44,134 +35,6 @@ class Batch(Protocol):
     def position_T(self) -> Tensor:
         """[T] index among the sequence's own real tokens."""
         ...
-
-
-class SlotGroup(nn.Module):  # type: ignore[misc]
-    """G slots of one precision: float weights stacked, or packed integers beside their scales.
-
-    A group in the model's own precision holds parameters and follows `model.to(dtype)`; the others hold buffers
-    whose storage stays what the plan says, and are converted as they are used.
-    """
-
-    def __init__(
-        self,
-        form: Precision,
-        slots: int,
-        shapes: Sequence[tuple[int, int]],
-        *,
-        native: bool,
-        biases: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """Empty storage.
-
-        Args:
-            form: storage format.
-            slots: number of slots G.
-            shapes: (out, in) of up and of down.
-            native: whether `form` is the model's own precision.
-            biases: whether experts have biases.
-            dtype: the model's dtype.
-            device: where the weights live.
-        """
-        super().__init__()
-        self.form, self.native, self.columns = form, native, [columns for _, columns in shapes]
-        self.has_biases, self.int8_activations = biases, False
-        bias_dtype = dtype if native or dtype.itemsize == 2 else FLOAT_DTYPES.get(form.name, torch.bfloat16)
-        for name, (rows, columns) in zip(("up", "down"), shapes, strict=True):
-            if form.is_float:
-                self._hold(name, (slots, rows, columns), dtype if native else FLOAT_DTYPES[form.name], device)
-            else:
-                self._hold(f"{name}_packed", (slots, rows, packed_columns(columns, form)), packed_dtype(form), device)
-                self._hold(f"{name}_scales", (slots, rows, scale_groups(columns, form)), torch.bfloat16, device)
-            if biases:
-                self._hold(f"{name}_bias", (slots, rows), bias_dtype, device)
-
-    def _hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        if self.native:
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        else:
-            self.register_buffer(name, tensor)
-
-    def __len__(self) -> int:
-        return len(next(iter([*self.parameters(), *self.buffers()])))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots, scales and biases counted."""
-        return sum(t.nbytes for t in [*self.parameters(), *self.buffers()])
-
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def write(self, slot: int, matrices: Sequence[Tensor], biases: Sequence[Tensor], method: str) -> None:
-        """Store one expert.
-
-        Args:
-            slot: index within the group.
-            matrices: up [2F or F, D] and down [D, F].
-            biases: of up and of down, or none.
-            method: rounding of integer formats.
-
-        Raises:
-            ModelError: NaN or infinite weights.
-        """
-        for name, matrix in zip(("up", "down"), matrices, strict=True):
-            if self.form.is_float:
-                # A native slot is a copy in the model's own dtype, whatever the plan's model was loaded in.
-                getattr(self, name)[slot] = to_float(matrix, self.form) if not self.native else matrix
-            else:
-                stored = quantize(matrix, self.form, method)
-                getattr(self, f"{name}_packed")[slot] = stored.packed
-                getattr(self, f"{name}_scales")[slot] = stored.scales
-        for name, bias in zip(("up_bias", "down_bias"), biases, strict=False):
-            getattr(self, name)[slot] = bias
-
-    def forward(self, x_ND: Tensor, count_G: Tensor, activate: Activation) -> Tensor:
-        """[N, D] outputs of the experts in these slots, without gate weights, for rows sorted by slot."""
-        hidden_NF = activate(self._linear(0, "up", x_ND, count_G))
-        return self._linear(1, "down", hidden_NF, count_G)
-
-    def _linear(self, which: int, name: str, x_NI: Tensor, count_G: Tensor) -> Tensor:
-        if self.native:
-            weight = getattr(self, name)
-            y_NO = grouped_linear(x_NI.to(weight.dtype), weight, count_G)
-        elif self.form.is_float:
-            weight = getattr(self, name)
-            if weight.dtype == x_NI.dtype:
-                y_NO = grouped_linear(x_NI, weight, count_G)
-            else:
-                y_NO = converted_linear(x_NI, lambda slots: weight[slots].to(x_NI.dtype), weight.shape[1], count_G)
-        else:
-            packed, scales = getattr(self, f"{name}_packed"), getattr(self, f"{name}_scales")
-            if self.int8_activations and self.form.bits == 8 and x_NI.device.type == "cpu" and has_int8_kernel():
-                y_NO = int8_linear(x_NI, packed, scales[..., 0], count_G)
-            elif scales.shape[-1] == 1 and self.form.bits == 8:
-                # One scale per output: on the products it costs less than on the weights.
-                y_NO = converted_linear(x_NI, lambda slots: packed[slots].to(x_NI.dtype), packed.shape[1], count_G)
-                y_NO = scaled_rows(y_NO, scales[..., 0], count_G)
-            else:
-                columns, form, dtype = self.columns[which], self.form, x_NI.dtype
-                read = lambda slots: dequantize(packed[slots], scales[slots], columns, form, dtype)  # noqa: E731
-                y_NO = converted_linear(x_NI, read, packed.shape[1], count_G)
-        if self.has_biases:
-            bias = getattr(self, f"{name}_bias").to(y_NO.dtype)
-            y_NO = y_NO + bias.repeat_interleave(count_G, dim=0, output_size=len(y_NO))
-        return y_NO
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlotGroup:
-        if self.native:
-            return super()._apply(fn, recurse)  # type: ignore[no-any-return]
-
-        def keep_storage(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_storage, recurse)  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        """Precision and number of slots, for printed models."""
-        return f"{self.form.name}, slots={len(self)}"
 
 
 class ExpertSlots(nn.Module):  # type: ignore[misc]
@@ -244,12 +107,16 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
         order_S, y_ND = self._serve(hidden_TD, tokens, token_S, expert_S, weight_S, activate)
         if after is not None:
             y_ND = after(y_ND)
-        y_ND = y_ND * weight_S[order_S, None]
         if partial:
             out_TD = torch.zeros(tokens, y_ND.shape[1], dtype=y_ND.dtype, device=y_ND.device)
-            return out_TD.index_add_(0, token_S[order_S], y_ND).to(hidden_TD.dtype)
-        # Back in the order of tokens, then a sum of fixed order: deterministic on every device.
+            return out_TD.index_add_(0, token_S[order_S], y_ND * weight_S[order_S, None]).to(hidden_TD.dtype)
+        # Back in the order of tokens and summed in that order: deterministic on every device.
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        if y_ND.dtype == torch.float32:  # in one pass
+            out_TD = F.embedding_bag(back_S.view(tokens, k), y_ND, per_sample_weights=weight_TK.float(), mode="sum")
+            return out_TD.to(hidden_TD.dtype)
+        # In 16 bits as transformers does it, bit for bit: products are rounded before they are summed.
+        y_ND = y_ND * weight_S[order_S, None]
         return y_ND[back_S].view(tokens, k, -1).sum(1).to(hidden_TD.dtype)
 
     def serve(
@@ -273,20 +140,22 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
         slot_S = self._dispatch(tokens, token_S, expert_S, weight_S)
         place_N, order_S = torch.sort(self._place(slot_S.device)[slot_S], stable=True)
         count_P = torch.bincount(place_N, minlength=self.plan.num_slots)
-        x_ND = x[(token_S if row_S is None else row_S)[order_S]]
+        row_N = (token_S if row_S is None else row_S)[order_S]
         groups = self.groups
+        native = next((t.dtype for group in groups if group.native for t in group.parameters()), x.dtype)
+        x = x.to(native)
+        if x.device.type == "cuda" and (launched := mixed_experts(groups, x, row_N, count_P, activate)) is not None:
+            return order_S, launched
         if len(groups) == 1:
-            return order_S, groups[0](x_ND, count_P, activate)
-        native = next((t.dtype for group in groups if group.native for t in group.parameters()), x_ND.dtype)
-        x_ND = x_ND.to(native)
+            return order_S, groups[0](x, row_N, count_P, activate)
         counts = count_P.tolist()
         outputs, start, first = [], 0, 0
         for group in groups:
             rows = sum(counts[first : first + len(group)])
             if rows:
-                outputs.append(group(x_ND[start : start + rows], count_P[first : first + len(group)], activate))
+                outputs.append(group(x, row_N[start : start + rows], count_P[first : first + len(group)], activate))
             start, first = start + rows, first + len(group)
-        return order_S, torch.cat(outputs) if outputs else x_ND
+        return order_S, torch.cat(outputs) if outputs else x.new_empty(0, x.shape[1])
 
     def _dispatch(self, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor) -> Tensor:
         copies = self.copies.to(expert_S.device)

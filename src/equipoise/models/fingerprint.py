@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.errors import ModelError
+from equipoise.models.adapters.access import STREAMED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,14 +29,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     Raises:
         ModelError: a parameter is on the meta device and has no data.
     """
-    config = _scalars(model.config.to_dict())
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            raise ModelError(f"'{name}' has no data (meta device); load the weights before profiling.")
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(_sample(tensor.detach()).to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+    streamed = getattr(model, STREAMED, None)
+    if streamed is None:
+        return _digest(model, sorted(model.state_dict().items()))
+    streamed.digest = streamed.digest or _digest(model, streamed.tensors())
+    return str(streamed.digest)
 
 
 def check_weights(model: PreTrainedModel) -> None:
@@ -43,13 +42,40 @@ def check_weights(model: PreTrainedModel) -> None:
     Raises:
         ModelError: names the first parameter that has a NaN or an infinity, or has no data.
     """
-    for name, tensor in model.named_parameters():
+    streamed = getattr(model, STREAMED, None)
+    if streamed is None:
+        for name, tensor in model.named_parameters():
+            _check(name, tensor)
+    elif not streamed.digest:  # all weights are read once, for this and for the fingerprint
+        streamed.digest = _digest(model, _checked(streamed.tensors()))
+
+
+def _digest(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The fingerprint, from tensors in the order of their names."""
+    config = _scalars(model.config.to_dict())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in tensors:
         if tensor.is_meta:
-            raise ModelError(f"parameter '{name}' has no data (meta device); load the weights first.")
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor.detach())  # one pass without a temporary; NaN propagates
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise ModelError(f"parameter '{name}' holds NaN or infinite weights; the checkpoint is damaged.")
+            raise ModelError(f"'{name}' has no data (meta device); load the weights before profiling.")
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(_sample(tensor.detach()).to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checked(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        if isinstance(tensor, nn.Parameter):
+            _check(name, tensor)
+        yield name, tensor
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ModelError(f"parameter '{name}' has no data (meta device); load the weights first.")
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = torch.aminmax(tensor.detach())  # one pass without a temporary; NaN propagates
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise ModelError(f"parameter '{name}' holds NaN or infinite weights; the checkpoint is damaged.")
 
 
 def _scalars(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -50,6 +50,8 @@ class TokenBatch:
 
 
 EndListener = Callable[[str, TokenBatch], None]
+CallsInProgress = tuple[dict[str, TokenBatch], dict[str, dict[str, Any]]]
+"""Tokens by stack, and arguments of the models around them."""
 
 
 class TokenTracker:
@@ -108,6 +110,19 @@ class TokenTracker:
         if batch.rows != rows:
             raise RecordingError(f"experts of the {stack} were given {rows} rows, but the call has {batch.rows} tokens.")
         return batch
+
+    def exchange(self, calls: CallsInProgress | None) -> CallsInProgress:
+        """Turn to another forward call while one is in progress, as when several are run in turn.
+
+        Args:
+            calls: what an earlier `exchange` returned for the forward that goes on; None for one that begins.
+
+        Returns:
+            what is known of the calls that were in progress until now.
+        """
+        mine = self._batches, self._calls
+        self._batches, self._calls = calls or ({}, {})
+        return mine
 
     def add_end_listener(self, listener: EndListener) -> None:
         """Call `listener(stack, batch)` after each completed forward call of a stack that holds MoE layers."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.models.auto.auto_factory import _get_model_class
 
 from equipoise.errors import ModelError
 
@@ -16,7 +17,7 @@ DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16":
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", memory: int | None = None) -> Any:
     """Load a causal or encoder-decoder language model in evaluation mode.
 
     Code that comes with a checkpoint is never run.
@@ -25,6 +26,9 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
         name: a local directory, or a hub name.
         dtype: "auto" (as stored), "fp32", "bf16" or "fp16".
         device: where the model goes, as torch names it.
+        memory: bytes that weights may take. A model whose files are larger, and any from a hub, is streamed: of its
+            transformer layers, only the one that is used is held (`models.streamed`), and read anew whenever it is run. All
+            models are loaded whole when None.
 
     Raises:
         ModelError: unknown dtype or device, no such model, an unreadable or incomplete checkpoint.
@@ -36,15 +40,20 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     with _explained(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options = {"dtype": DTYPES[dtype], "trust_remote_code": False}
     with _explained(name):
-        model, report = loader.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True)
+        if memory is not None and _weights_bytes(name) > memory:
+            model, report = _open_streamed(loader, config, name, target, options)
+        else:
+            model, report = loader.from_pretrained(name, output_loading_info=True, **options)
+            model = model.to(target)
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers fills them with random numbers and only warns; a measurement of those would be worthless.
         raise ModelError(
             f"'{name}' lacks {len(missing)} of the model's weights, such as '{missing[0]}'; copy the checkpoint again."
         )
-    return model.to(target).eval()
+    return model.eval()
 
 
 def load_tokenizer(name: str) -> Any:
@@ -61,6 +70,24 @@ def load_tokenizer(name: str) -> Any:
         raise ModelError(f"directory '{name}' holds no tokenizer; save the model's tokenizer there, or name it separately.")
     with _explained(name, "a tokenizer of "):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def _weights_bytes(name: str) -> float:
+    """Bytes of a directory's weights; those of a hub are not known before they are here."""
+    path = Path(name)
+    return sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else float("inf")
+
+
+def _open_streamed(loader: Any, config: Any, name: str, device: torch.device, options: dict[str, Any]) -> tuple[Any, Any]:
+    """What `loader.from_pretrained` loads, streamed."""
+    from equipoise.models.streamed import open_streamed
+
+    kind = _get_model_class(config, loader._model_mapping)
+    if kind.config_class == config.sub_configs.get("text_config"):
+        config = config.get_text_config()
+    if device.type != "cpu":
+        options = options | {"device_map": {"": str(device)}}
+    return open_streamed(kind, name, config=config, **options)
 
 
 def _check_directory(name: str) -> None:

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from equipoise.artifacts import Plan, Profile
+from equipoise.cli import app
+from equipoise.errors import EquipoiseError
+from equipoise.execution.checkpoint import load
+from equipoise.planning.methods import make_plan
+from equipoise.profiling.loading import load_model
+from support import corpus
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(corpus(0)))
+    return path
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [*map(str, arguments), "--quiet"])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_a_model_is_quantized_on_text(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--precision", "int4-g16", "--method", "agq", "--text", text, "--tokens", 200, "--seq-len", 64)
+    rows = json.loads(run("quantize", tiny_model_dir, "--out", tmp_path / "q", *options, "--json"))
+    assert rows["text"]["tokens"] == 200
+    assert [len(row["experts_with_few_tokens"]) <= 8 for row in rows["layers"]] == [True, True]
+    model = load(tmp_path / "q")
+    assert model.config.quantization_config.rounding == rows["text"]
+    plan = Plan.load_file(tmp_path / "q" / "equipoise.plan.json")
+    assert {name for layer in plan.layers for name in layer.precisions} == {"int4-g16"}
+    assert rows["expert_bytes"] == plan.bytes_by_unit().sum()
+    assert "rounded by agq" in run("quantize", tiny_model_dir, "--out", tmp_path / "again", *options)
+    for path in (tmp_path / "q").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_a_plan_is_carried_out_without_text_too(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    run("profile", tiny_model_dir, "--text", text, "--tokens", 200, "--seq-len", 64, "--out", tmp_path / "p.safetensors")
+    make_plan(Profile.load_file(tmp_path / "p.safetensors"), "rq").save(tmp_path / "plan.json")
+    run("quantize", tiny_model_dir, "--plan", tmp_path / "plan.json", "--method", "rtn", "--out", tmp_path / "q")
+    assert load(tmp_path / "q").config.quantization_config.read_plan() == Plan.load_file(tmp_path / "plan.json")
+
+
+def test_options_without_effect_are_refused(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    model = ("quantize", tiny_model_dir, "--out", tmp_path / "q")
+    with pytest.raises(EquipoiseError, match="--text is of no use"):
+        run(*model, "--method", "rtn", "--text", text)
+    with pytest.raises(EquipoiseError, match="--precision is of no use"):
+        run(*model, "--plan", "x.json", "--precision", "int4")
+    with pytest.raises(EquipoiseError, match="no text given"):
+        run(*model)
+
+
+def test_a_memory_limit_makes_a_model_streamed(tiny_model_dir: Path) -> None:
+    assert not any(p.is_meta for p in load_model(str(tiny_model_dir), memory=1 << 30).parameters())
+    streamed = load_model(str(tiny_model_dir), memory=10_000)
+    assert any(p.is_meta for p in streamed.parameters())
+    assert not streamed.training
