@@ -12,7 +12,16 @@ import typer
 from equipoise.errors import EquipoiseError, TextError
 
 Model = Annotated[str, typer.Argument(help="model: a local directory, or a hub name")]
-Text = Annotated[list[Path] | None, typer.Option("--text", help="text file (.txt, .jsonl, .gz); may be repeated")]
+SELF = "self"
+"""What --text takes in place of a file for text that the model writes itself."""
+
+Text = Annotated[list[str] | None, typer.Option("--text", help="text file (.txt, .jsonl, .gz); may be repeated")]
+TextOrSelf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", help="text file (.txt, .jsonl, .gz), or `self` for text that the model writes itself; may be repeated"
+    ),
+]
 Scenario = Annotated[list[str] | None, typer.Option("--scenario", help="a named traffic: NAME=FILE[,FILE...]; may be repeated")]
 Field = Annotated[str, typer.Option(help="key of a .jsonl line that holds the document")]
 Tokens = Annotated[int, typer.Option(help="tokens per scenario to measure on")]
@@ -41,9 +50,11 @@ TaskDir = Annotated[
 Limit = Annotated[int | None, typer.Option(help="items of each task  [default: all]")]
 
 
-def scenario_files(text: list[Path] | None, scenarios: list[str] | None) -> dict[str, list[str]]:
+def scenario_files(text: list[str] | None, scenarios: list[str] | None) -> dict[str, list[str]]:
     """Scenario -> files, from --text (one scenario named "text") and --scenario NAME=FILE[,FILE...]."""
-    files: dict[str, list[str]] = {"text": [str(path) for path in text]} if text else {}
+    if SELF in (text or ()):
+        raise TextError("this command needs text of files: `--text self` is no measure of anything here (./self is a file).")
+    files: dict[str, list[str]] = {"text": list(text)} if text else {}
     for given in scenarios or ():
         name, equals, paths = given.partition("=")
         if not equals or not name or not paths:
@@ -52,6 +63,17 @@ def scenario_files(text: list[Path] | None, scenarios: list[str] | None) -> dict
     if not files:
         raise TextError("no text given; use --text FILE, or --scenario NAME=FILE for several kinds of traffic.")
     return files
+
+
+def text_sources(text: list[str] | None, scenarios: list[str] | None) -> tuple[bool, dict[str, list[str]]]:
+    """Whether `--text self` asks for text that the model writes itself, and scenario -> files of the text given beside it.
+
+    The files may be none only if the model writes its own.
+    """
+    files = [path for path in text or () if path != SELF]
+    if len(files) < len(text or ()) and not files and not scenarios:
+        return True, {}
+    return len(files) < len(text or ()), scenario_files(files, scenarios)
 
 
 def read(files: Mapping[str, list[str]], field: str) -> dict[str, list[str]]:

@@ -254,7 +254,7 @@ def test_nothing_but_the_load_when_no_estimator_is_asked_for(mixtral, tokenizer,
         ({"scenarios": {"code": "text"}}, TextError, "scenario 'code' is one string"),
         ({"window_tokens": 0}, TextError, "window_tokens is 0"),
         ({"batch_size": 0}, TextError, "batch_size is 0"),
-        ({"precisions": ("int3",)}, EquipoiseError, "unknown precision 'int3'"),
+        ({"precisions": ("int5",)}, EquipoiseError, "unknown precision 'int5'"),
         ({"importance": ("magic",)}, EquipoiseError, "unknown importance estimator 'magic'"),
     ],
 )
@@ -292,3 +292,57 @@ def test_the_last_position_is_all_that_the_head_computes_while_recording(mixtral
     profile(mixtral, tokenizer, scenarios, tokens=60)
     assert set(shapes) == {1}
     assert len(find_moe_layers(mixtral)) == 2
+
+
+def test_calibration_text_is_watched_and_never_counted(mixtral, tokenizer, scenarios, make_documents):
+    own = {"own": make_documents(8, seed=5, words=15)}
+    options = EVERYTHING | {"batch_size": 4}
+    plain = profile(mixtral, tokenizer, scenarios, **options)
+    found = profile(mixtral, tokenizer, scenarios, **options, calibration=own)
+    alone = profile(mixtral, tokenizer, own, **options)
+    for name in ("counts", "gate_mass", "tokens", "windows", "window_scenario", "transitions", "coactivation"):
+        assert np.array_equal(getattr(found, name), getattr(plain, name)), name
+    assert found.source.text_sha256 == plain.source.text_sha256
+    assert found.source.options["calibration"] == {"names": ["own"], "text_sha256": alone.source.text_sha256}
+    assert "calibration" not in plain.source.options
+    # What experts do is of the calibration text, how often they do it is of the traffic.
+    for name in ("wanda", "leave_one_out"):
+        assert np.array_equal(found.importance[name], alone.importance[name]), name
+        assert not np.array_equal(found.importance[name], plain.importance[name]), name
+    assert found.importance["frequency"] == pytest.approx(plain.load / plain.load.sum(1, keepdims=True))
+    served_LE = (plain.load > 0) & (alone.load > 8)
+    assert served_LE.sum() > 4
+    traffic_LE, own_LE = (load / load.sum(1, keepdims=True) for load in (plain.load, alone.load))
+    for name in ("int8", "int4-g32"):
+        ratio_LE = found.relative_error(name) / alone.relative_error(name)
+        assert ratio_LE[served_LE] == pytest.approx((traffic_LE / own_LE)[served_LE])
+
+
+def test_calibration_on_the_traffic_itself_changes_nothing(mixtral, tokenizer, scenarios):
+    plain = profile(mixtral, tokenizer, scenarios, **EVERYTHING)
+    found = profile(mixtral, tokenizer, scenarios, **EVERYTHING, calibration=scenarios)
+    for name, array in arrays(plain).items():
+        assert np.array_equal(arrays(found)[name], array), name
+
+
+def test_a_run_with_calibration_text_resumes_to_the_same_profile(mixtral, tokenizer, scenarios, tmp_path, monkeypatch):
+    options = {"tokens": 120, "seq_len": 24, "batch_size": 3, "precisions": ("int8",), "calibration": scenarios}
+    traffic = {"code": scenarios["code"]}
+    whole = profile(mixtral, tokenizer, traffic, **options)
+    run, calls = calibrate.run_batch, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(calibrate, "run_batch", failing)
+    for attempt in range(9):
+        try:
+            found = profile(mixtral, tokenizer, traffic, **options, resume_path=tmp_path / "state", save_every=0)
+            break
+        except KeyboardInterrupt:
+            assert attempt < 8, "every attempt gets further than the one before"
+    assert attempt >= 2
+    assert_same(found, whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from equipoise.arguments import (
     TaskDir,
     Tasks,
     Text,
+    TextOrSelf,
     Tokens,
     Units,
     assignments,
@@ -31,6 +32,7 @@ from equipoise.arguments import (
     read,
     refuse_given,
     scenario_files,
+    text_sources,
 )
 from equipoise.commands.show import show, show_evaluation
 
@@ -44,8 +46,12 @@ def profile(
     engine: Annotated[
         str | None, typer.Option("--from", help="engine that recorded the files: sglang, vllm, tensorrt-llm, table, ...")
     ] = None,
-    text: Text = None,
+    text: TextOrSelf = None,
     scenario: Scenario = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="text that importance and errors are measured on instead; the load is never taken from it"),
+    ] = None,
     field: Field = "text",
     tokens: Tokens = 8192,
     seq_len: SeqLen = 512,
@@ -72,7 +78,7 @@ def profile(
     from equipoise.reporting.tables import profile_tables
 
     if engine is not None:
-        refuse_given("--from reads an engine's records", {"--text": text})
+        refuse_given("--from reads an engine's records", {"--text": text, "--calibration": calibration})
         from equipoise.engines.registry import read_records
 
         result = read_records(
@@ -82,22 +88,42 @@ def profile(
         show(as_json, profile_rows(result), profile_tables(result), out)
         return
     refuse_given("only --from ENGINE takes them", {"--config": config, "--experts": experts, "--top-k": top_k})
-    model = one_model(source)
-    files = scenario_files(text, scenario)
+    name = one_model(source)
+    own, files = text_sources(text, scenario)
+    if own:
+        refuse_given("--text self writes the calibration text", {"--calibration": calibration})
     from equipoise.profiling.calibrate import profile as measure
     from equipoise.profiling.loading import load_model, load_tokenizer
+    from equipoise.profiling.self_sampled import BALANCED, SELF_SAMPLED, cached_self_text
+    from equipoise.profiling.texts import refuse_balanced
 
     documents = read(files, field)
+    refuse_balanced(documents)
+    watched = read({"calibration": [str(path) for path in calibration]}, field) if calibration else None
+    model, tokenizer = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
+    notes = []
+    if own:
+        wanted: dict[str, Any] = {"sentences": -(-tokens // seq_len), "length": seq_len, "seed": seed, "progress": not quiet}
+        written = cached_self_text(model, tokenizer, **wanted)
+        watched = {BALANCED: list(written.texts)}
+        whose = "the files given"
+        if not files:
+            whose = "text that the model drew from itself, not balanced"
+            drawn = cached_self_text(model, tokenizer, sampler="plain", **wanted)
+            documents, files = {SELF_SAMPLED: list(drawn.texts)}, {SELF_SAMPLED: [str(drawn.path)]}
+        notes = [
+            f"load: of {whose} ({', '.join(files)}); importance and errors: of text that the model wrote to use all experts "
+            f"({written.path})"
+        ]
     part = out.with_name(f".{out.name}.part")
     result = measure(
-        load_model(model, dtype=dtype, device=device), load_tokenizer(model), documents, tokens=tokens, seq_len=seq_len,
-        batch_size=batch_size, seed=seed, layout=layout, importance=names(importance),
-        importance_options=estimator_options(options), precisions=names(precisions),
-        window_tokens=window_tokens, resume_path=part, progress=not quiet, name=model, files=files,
+        model, tokenizer, documents, tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed, layout=layout,
+        importance=names(importance), importance_options=estimator_options(options), precisions=names(precisions),
+        window_tokens=window_tokens, resume_path=part, progress=not quiet, name=name, files=files, calibration=watched,
     )  # fmt: skip
     result.save(out)
     part.unlink(missing_ok=True)
-    show(as_json, profile_rows(result), profile_tables(result), out)
+    show(as_json, profile_rows(result), [*profile_tables(result), *notes], out)
 
 
 def apply(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from equipoise import __version__
 from equipoise.artifacts import Profile, Source
@@ -23,7 +24,8 @@ from equipoise.profiling.forward import evaluation_mode, run_batch
 from equipoise.profiling.importance import Context, Estimator, Measured, Observation, make_estimators
 from equipoise.profiling.progress import ProgressBar
 from equipoise.profiling.resume import Arrays, Checkpoint, with_prefix, without_prefix
-from equipoise.profiling.sequences import Batch, Framing, build_rows, fingerprint, make_batches
+from equipoise.profiling.sequences import Batch, Framing, Rows, build_rows, fingerprint, make_batches
+from equipoise.profiling.texts import refuse_balanced
 
 DEFAULT_IMPORTANCE = ("wanda", "gate_norm", "frequency")
 
@@ -47,6 +49,7 @@ def profile(
     progress: bool = True,
     name: str | None = None,
     files: Mapping[str, Sequence[str]] | None = None,
+    calibration: Mapping[str, Sequence[str]] | None = None,
 ) -> Profile:
     """Measure the load of every expert on text, and how much each expert matters.
 
@@ -73,15 +76,19 @@ def profile(
         progress: show a progress bar on a terminal.
         name: the model as the user calls it; its configuration's name when omitted.
         files: scenario -> files of its text, for the record.
+        calibration: name -> documents that the importance estimators watch instead of the scenarios, such as text that the
+            model wrote itself; the load, and everything else that is counted, is of the scenarios alone. Each name has the
+            same budget of tokens as a scenario.
 
     Raises:
         ModelError: no MoE layers, or weights, activations or losses that are not numbers.
-        TextError: a scenario without text, or an option out of range.
+        TextError: a scenario without text, or of text that was balanced by design; an option out of range.
         ProfileError: the state at `resume_path` is of another run.
         EquipoiseError: unknown estimator, option or precision.
     """
     if not scenarios:
         raise TextError("no scenarios given; give at least one name with its documents.")
+    refuse_balanced(scenarios)
     if "output_error" not in importance and precisions:
         importance = (*importance, "output_error")
     precisions = tuple(dict.fromkeys(precision(p).name for p in precisions))
@@ -91,11 +98,15 @@ def profile(
     layers = find_moe_layers(model)
     check_weights(model)
     framing = Framing.of(tokenizer, model.config)
-    rows = [
-        build_rows(texts, tokenizer, framing, scenario=s, tokens=tokens, seq_len=seq_len, seed=seed, layout=layout)
-        for s, texts in scenarios.items()
-    ]
-    batches = [batch for part in rows for batch in make_batches(part, batch_size)]
+
+    def rows_of(texts: Mapping[str, Sequence[str]]) -> list[Rows]:
+        return [
+            build_rows(documents, tokenizer, framing, scenario=s, tokens=tokens, seq_len=seq_len, seed=seed, layout=layout)
+            for s, documents in texts.items()
+        ]
+
+    rows, watched_rows = rows_of(scenarios), rows_of(calibration or {})
+    batches, watched = ([b for part in parts for b in make_batches(part, batch_size)] for parts in (rows, watched_rows))
     options: dict[str, Any] = {
         "tokens": tokens,
         "seq_len": seq_len,
@@ -107,12 +118,16 @@ def profile(
         "precisions": list(precisions),
         "window_tokens": window_tokens,
     }
+    if watched:
+        options["calibration"] = {"names": [part.scenario for part in watched_rows], "text_sha256": fingerprint(watched_rows)}
     facts = model_facts(model, name or getattr(model.config, "_name_or_path", "") or type(model).__name__, layers)
     text_sha256 = fingerprint(rows)
     identity = {"model": facts.fingerprint, "text": text_sha256, "options": options, "version": __version__}
-    estimators = make_estimators(importance, Context(model, layers, batches, precisions, seed), importance_options)
+    estimators = make_estimators(importance, Context(model, layers, watched or batches, precisions, seed), importance_options)
     recorder = record(model, scenarios=list(scenarios), window_tokens=window_tokens)
-    run = _Run(model, batches, recorder, estimators, Checkpoint(resume_path, identity, save_every))
+    watcher = record(model, scenarios=[*(calibration or ["none"])], transitions=False, coactivation=False)
+    checkpoint = Checkpoint(resume_path, identity, save_every)
+    run = _Run(model, (batches, watched), (recorder, watcher), estimators, checkpoint)
     with evaluation_mode(model), ProgressBar(progress) as bar:
         measured = run.go(bar)
     options["remarks"] = {key: dict(result.remarks) for key, result in measured.items() if result.remarks}
@@ -137,43 +152,71 @@ def profile(
 
 
 class _Run:
-    """One run over all batches, and the estimators' work after it; interruptible between forward passes."""
+    """One run over all batches, and the estimators' work after it; interruptible between forward passes.
+
+    The load is counted on the batches of the first recorder; where there is calibration text, its batches are run after
+    those, under the second recorder, and only they are shown to the estimators.
+    """
 
     def __init__(
         self,
         model: Any,
-        batches: Sequence[Batch],
-        recorder: Recorder,
+        batches: tuple[Sequence[Batch], Sequence[Batch]],
+        recorders: tuple[Recorder, Recorder],
         estimators: Mapping[str, Estimator],
         checkpoint: Checkpoint,
     ) -> None:
-        self.model, self.batches = model, batches
-        self.recorder, self.estimators, self.checkpoint = recorder, estimators, checkpoint
+        self.model, self.batches, self.recorders = model, batches, recorders
+        self.estimators, self.checkpoint = estimators, checkpoint
         self._watching = [e for e in estimators.values() if type(e).observe is not Estimator.observe]
-        self._step = 0
+        self._recorder, self._step = recorders[0], 0
 
     def go(self, bar: ProgressBar) -> dict[str, Measured]:
         """Run what is left of the text, then let every estimator finish."""
         self.checkpoint.require_writable()
         done = self._restore()
-        sizes = [batch.tokens for batch in self.batches]
-        bar.stage("recording", sum(sizes), "tokens", sum(sizes[:done]))
-        with self.recorder:
-            self.recorder.add_listener(self._listen)
-            for step in range(done, len(self.batches)):
-                self._step, batch = step, self.batches[step]
-                self.recorder.scenario = batch.scenario
-                _check_logits(run_batch(self.model, batch, all_logits=False), batch)
-                self.checkpoint.save(step + 1, self._state)
-                bar.advance(sizes[step])
-        self.checkpoint.save(len(self.batches), self._state, force=True)
-        load_LE = self.recorder.counts.sum((0, 1))
+        total = sum(map(len, self.batches))
+        before = 0
+        for stage, recorder, batches in zip(("recording", "calibrating"), self.recorders, self.batches, strict=True):
+            here = min(max(done - before, 0), len(batches))
+            if here < len(batches):
+                self._pass(recorder, batches, here, before, bar, stage)
+            before += len(batches)
+        self.checkpoint.save(total, self._state, force=True)
+        load_LE = self._load()
         measured = {}
         for name, estimator in self.estimators.items():
             bar.stage(name, 1, "experts")
-            measured[name] = estimator.finish(load_LE, lambda: self.checkpoint.save(len(self.batches), self._state), bar.set)
-        self.checkpoint.save(len(self.batches), self._state, force=True)
+            measured[name] = estimator.finish(load_LE, lambda: self.checkpoint.save(total, self._state), bar.set)
+        self.checkpoint.save(total, self._state, force=True)
         return measured
+
+    def _pass(self, recorder: Recorder, batches: Sequence[Batch], done: int, before: int, bar: ProgressBar, stage: str) -> None:
+        """Run the batches of one recorder from `done` on; `before` were run under the other."""
+        self._recorder = recorder
+        sizes = [batch.tokens for batch in batches]
+        bar.stage(stage, sum(sizes), "tokens", sum(sizes[:done]))
+        with recorder:
+            if recorder is self.recorders[1] or not self.batches[1]:
+                recorder.add_listener(self._listen)
+            for step in range(done, len(batches)):
+                self._step, batch = step, batches[step]
+                recorder.scenario = batch.scenario
+                _check_logits(run_batch(self.model, batch, all_logits=False), batch)
+                self.checkpoint.save(before + step + 1, self._state)
+                bar.advance(sizes[step])
+
+    def _load(self) -> NDArray[Any]:
+        """[L, E] selections that the estimators are to weigh experts by.
+
+        With calibration text: the traffic's load, scaled to as many tokens as the estimators have watched (not whole numbers),
+        because what they relate it to, such as a layer's energy, is of those tokens.
+        """
+        load_LE = self.recorders[0].counts.sum((0, 1))
+        if not self.batches[1]:
+            return np.asarray(load_LE)
+        tokens_L, watched_L = (recorder.tokens_by_layer.sum((0, 1)) for recorder in self.recorders)
+        return np.asarray(load_LE * (watched_L / np.maximum(tokens_L, 1))[:, None])
 
     def _listen(
         self, layer: MoELayer, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, tokens: TokenBatch
@@ -185,7 +228,7 @@ class _Run:
         # A sum is finite only if every term is; a check of each value would need a mask as large as the tokens.
         if not torch.isfinite(hidden.sum(dtype=torch.float32) + weights.sum(dtype=torch.float32)):
             raise ModelError(
-                f"the inputs or gate weights of {layer.path} are not finite numbers (scenario '{self.recorder.scenario}'); "
+                f"the inputs or gate weights of {layer.path} are not finite numbers (text '{self._recorder.scenario}'); "
                 "check the weights, or load the model in another dtype (bf16 has more range than fp16)."
             )
         seen = Observation(self._step, layer, hidden, experts, weights)
@@ -193,7 +236,9 @@ class _Run:
             estimator.observe(seen)
 
     def _state(self) -> Arrays:
-        state = with_prefix("recorder/", self.recorder.state_dict())
+        state = with_prefix("recorder/", self.recorders[0].state_dict())
+        if self.batches[1]:
+            state |= with_prefix("calibration/", self.recorders[1].state_dict())
         for name, estimator in self.estimators.items():
             state |= with_prefix(f"importance/{name}/", estimator.state_dict())
         return state
@@ -204,7 +249,9 @@ class _Run:
         if loaded is None:
             return 0
         done, arrays = loaded
-        self.recorder.load_state_dict(without_prefix("recorder/", arrays))
+        self.recorders[0].load_state_dict(without_prefix("recorder/", arrays))
+        if self.batches[1]:
+            self.recorders[1].load_state_dict(without_prefix("calibration/", arrays))
         for name, estimator in self.estimators.items():
             estimator.load_state_dict(without_prefix(f"importance/{name}/", arrays))
         return done
@@ -232,4 +279,6 @@ def _merged(measured: Mapping[str, Measured]) -> dict[str, Any]:
         fields["output_error"] |= result.output_error
         if result.output_energy is not None:
             fields["output_energy"] = result.output_energy
+        if result.sensitivity is not None:
+            fields["sensitivity"] = result.sensitivity
     return fields

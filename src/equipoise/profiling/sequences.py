@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,6 +248,37 @@ def make_batches(rows: Rows, batch_size: int) -> list[Batch]:
     if batch_size < 1:
         raise TextError(f"batch_size is {batch_size}; it must be at least 1.")
     return [_batch(rows, i, min(i + batch_size, len(rows.content))) for i in range(0, len(rows.content), batch_size)]
+
+
+def text_batches(
+    texts: Mapping[str, Sequence[str]],
+    tokenizer: Any,
+    framing: Framing,
+    *,
+    tokens: int,
+    seq_len: int = 512,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> list[Batch]:
+    """Forward passes over excerpts of each scenario, chosen as by `build_rows`.
+
+    Args:
+        texts: scenario -> documents.
+        tokenizer: a transformers tokenizer.
+        framing: the special tokens of the model.
+        tokens: budget of each scenario.
+        seq_len: longest row, in tokens.
+        batch_size: rows of one pass.
+        seed: order of documents and excerpts.
+
+    Raises:
+        TextError: as `build_rows` and `make_batches`.
+    """
+    rows = [
+        build_rows(documents, tokenizer, framing, scenario=name, tokens=tokens, seq_len=seq_len, seed=seed)
+        for name, documents in texts.items()
+    ]
+    return [batch for part in rows for batch in make_batches(part, batch_size)]
 
 
 def _batch(rows: Rows, start: int, stop: int) -> Batch:

@@ -5,19 +5,45 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from equipoise.errors import TextError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
+SAMPLER_FIELD = "equipoise_sampler"
+"""Key of a JSON line that a model wrote itself: how its text was chosen."""
+
+
+class BalancedText(str):
+    """A document that was sampled so that it uses all experts evenly; good for calibration, never for the load."""
+
+    __slots__ = ()
+
+
+def refuse_balanced(scenarios: Mapping[str, Iterable[str]]) -> None:
+    """Refuse text that was balanced by design where a load is to be measured.
+
+    Args:
+        scenarios: name -> documents; those that `read_documents` or a sampler gave are known by their type.
+
+    Raises:
+        TextError: a scenario holds such text.
+    """
+    for name, documents in scenarios.items():
+        if any(isinstance(document, BalancedText) for document in documents):
+            raise TextError(
+                f"scenario '{name}' holds text that was sampled to use all experts evenly, so its load says nothing about real "
+                "traffic. Give it as calibration text, and measure the load on real text or on plain samples (sampler 'plain')."
+            )
+
 
 def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> list[str]:
     """Read the documents of one scenario, in order of files and lines.
 
     A `.txt` file is one document, a line of a `.jsonl` file is one document; both may be gzipped.
-    Documents of white space alone are left out.
+    Documents of white space alone are left out. A line that says it was balanced by its sampler gives a `BalancedText`.
 
     Args:
         paths: files to read.
@@ -64,7 +90,7 @@ def _json_document(line: str, field: str, where: str) -> str:
         raise TextError(f"{where} has no field '{field}'; it has: {', '.join(sorted(row)) or 'none'}. Choose one with --field.")
     if not isinstance(row[field], str):
         raise TextError(f"{where}: field '{field}' holds {type(row[field]).__name__}, not text. Choose another with --field.")
-    return str(row[field])
+    return BalancedText(row[field]) if row.get(SAMPLER_FIELD, "plain") != "plain" else str(row[field])
 
 
 def _read(path: Path) -> str:

@@ -70,11 +70,12 @@ class Observation:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What an estimator adds to a profile: [L, E] scores, [L, E] errors by precision, [L] energy, and remarks."""
+    """What an estimator adds to a profile: [L, E] scores, [L, E] errors by precision, [L] energy and sensitivity, remarks."""
 
     importance: Floats | None = None
     output_error: Mapping[str, Floats] = field(default_factory=dict)
     output_energy: Floats | None = None
+    sensitivity: Floats | None = None
     remarks: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,7 +93,8 @@ class Estimator:
         """Scores from what was observed.
 
         Args:
-            load_LE: [L, E] selections of the whole run.
+            load_LE: [L, E] selections of the whole run; where calibration text was watched, those of the traffic, scaled to
+                as many tokens.
             checkpoint: to be called where the state is consistent, if this takes long.
             advance: takes (done, total) units of work, if this takes long.
         """

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 
 from equipoise.errors import EquipoiseError, ModelError
 from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors
+from equipoise.models.streamed import streamed_of
 from equipoise.profiling.forward import negative_log_likelihood
 from equipoise.profiling.importance.base import IMPORTANCE, Context, Estimator, Ints, Measured, Observation
+from equipoise.profiling.importance.sampling import spread_budget
 
 
 @IMPORTANCE.register(
@@ -38,7 +39,9 @@ class LeaveOneOut(Estimator):
         super().__init__(context)
         if tokens < 1:
             raise EquipoiseError(f"leave_one_out: tokens is {tokens}; it must be at least 1.")
-        self.steps = _choose(context.batches, tokens)
+        if streamed_of(context.model) is not None:
+            raise EquipoiseError("leave_one_out changes weights, which a model that is read from its files does not allow.")
+        self.steps = spread_budget(context.batches, tokens)
         self.sums["served"] = np.zeros((len(self.steps), *context.shape))
 
     def observe(self, seen: Observation) -> None:
@@ -72,23 +75,6 @@ class LeaveOneOut(Estimator):
             advance(done, len(todo))
         remarks = {"scored_tokens": int(labels_N.sum()), "loss": float(base_N.sum() / labels_N.sum())}
         return Measured(importance=np.nan_to_num(increase_LE), remarks=remarks)
-
-
-def _choose(batches: Any, tokens: int) -> list[int]:
-    """Indices of batches, one of each scenario in turn, until they hold the budget."""
-    by_scenario: dict[str, list[int]] = {}
-    for step, batch in enumerate(batches):
-        by_scenario.setdefault(batch.scenario, []).append(step)
-    chosen: list[int] = []
-    held = 0
-    for turn in range(max(map(len, by_scenario.values()), default=0)):
-        if turn and held >= tokens:
-            break
-        for steps in by_scenario.values():
-            if turn < len(steps):
-                chosen.append(steps[turn])
-                held += batches[steps[turn]].tokens
-    return sorted(chosen)
 
 
 @contextmanager

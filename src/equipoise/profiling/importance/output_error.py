@@ -5,17 +5,20 @@ Shapes: L MoE layers, E logical experts, T tokens, K top-k, N drawn tokens of on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from equipoise.errors import EquipoiseError
 from equipoise.models.layers import MoELayer, expert_matrices, gated_expert
 from equipoise.precisions import precision
 from equipoise.profiling.importance.base import IMPORTANCE, Context, Floats, Ints, Measured, Observation
 from equipoise.profiling.importance.sampling import Draw, SampledEstimator, draw
+from equipoise.profiling.importance.sensitivity import choose_probes, first_rows, layer_divergence
 from equipoise.quantization.formats import round_trip
 
 FEW_TOKENS = 8
@@ -38,29 +41,48 @@ layer would look free; clipped, the others compare with those of other layers, a
 class OutputError(SampledEstimator):
     """`sum_t g_t^2 ||y_q,t - y_t||^2` for each expert and precision, and the energy of the layer's routed output.
 
-    Weights are rounded to each precision and back and the expert is run in float32 with either, so the error is of the
-    stored weights alone; kernels that also round activations add their own. Sums are scaled from the sample to all
-    tokens of the run. An expert with fewer than `FEW_TOKENS` drawn tokens is given its layer's error per token, for the
-    tokens it has served or for one if it has served none, so that rounding an unseen expert is never free; such experts
-    are listed in the remarks. Families that put the gate on an expert's input (Llama 4) are measured as they compute.
+    Weights are rounded to each precision and back and the expert is run in float32 with either. With int8 weights the inputs
+    of both products are rounded to 8 bits too, as they are where such experts are executed fast. Sums are scaled from the
+    sample to all tokens of the run. An expert with fewer than `FEW_TOKENS` drawn tokens is given its layer's error per
+    token, for the tokens it has served or for one if it has served none, so that rounding an unseen expert is never free;
+    such experts are listed in the remarks. Families that put the gate on an expert's input (Llama 4) are measured as they
+    compute.
 
     The energy is `sum_t ||sum_e g_e,t y_e,t||^2`, with each token clipped at `MASSIVE` times the layer's median.
 
     The score is the relative error of the coarsest precision: what the layer's output loses if that expert is rounded.
 
+    How much a layer's error matters is measured too if asked for: the KL divergence of the model's predictions with all the
+    layer's experts rounded, for each unit of relative squared error of its output.
+
     Args:
         max_tokens_per_expert: sample of each expert; None measures all tokens.
         energy_tokens: sample of each layer's tokens for the energy of its routed output; None measures those of all
             passes in which experts are measured.
+        int8_activations: count the rounding of activations that fast kernels do beside int8 weights (`apply_plan` does it
+            unless told not to).
+        sensitivity_tokens: budget of tokens to measure each layer's sensitivity on, taken from all scenarios in turn, one
+            forward pass of them for each layer; 0 measures none.
     """
 
-    def __init__(self, context: Context, *, max_tokens_per_expert: int | None = 256, energy_tokens: int | None = 2048) -> None:
+    def __init__(
+        self,
+        context: Context,
+        *,
+        max_tokens_per_expert: int | None = 256,
+        energy_tokens: int | None = 2048,
+        int8_activations: bool = True,
+        sensitivity_tokens: int = 0,
+    ) -> None:
         super().__init__(context, max_tokens_per_expert)
         if not context.precisions:
             raise EquipoiseError("output_error needs the precisions to measure; give --precisions, for example int8,int4.")
         if energy_tokens is not None and energy_tokens < 1:
             raise EquipoiseError(f"output_error: energy_tokens is {energy_tokens}; it must be at least 1.")
         self.formats = {form.name: form for form in map(precision, context.precisions)}
+        if sensitivity_tokens < 0:
+            raise EquipoiseError(f"output_error: sensitivity_tokens is {sensitivity_tokens}; it must be at least 0.")
+        self.int8_activations, self.sensitivity_tokens = int8_activations, sensitivity_tokens
         self.energy_quota = None if energy_tokens is None else -(-energy_tokens // max(len(self.steps), 1))
 
     def observe(self, seen: Observation) -> None:
@@ -78,7 +100,8 @@ class OutputError(SampledEstimator):
         exact_ND = gated_expert(layer, expert, hidden_ND.to(weights[0].dtype), gates_N, weights)
         for name, form in self.formats.items():
             rounded = [round_trip(matrix, form) for matrix in weights]
-            rounded_ND = gated_expert(layer, expert, hidden_ND.to(weights[0].dtype), gates_N, rounded)
+            with RoundedInputs() if self.int8_activations and name == "int8" else nullcontext():
+                rounded_ND = gated_expert(layer, expert, hidden_ND.to(weights[0].dtype), gates_N, rounded)
             self.add(f"error.{name}", layer.index, expert, drawn.weight * _energy(rounded_ND - exact_ND))
 
     def _measure_energy(self, seen: Observation) -> None:
@@ -107,13 +130,35 @@ class OutputError(SampledEstimator):
         coarsest = min(self.formats.values(), key=lambda form: form.bits).name
         with np.errstate(divide="ignore", invalid="ignore"):
             score = np.where(energy[:, None] > 0, errors[coarsest] / energy[:, None], 0.0)
+        sensitivity = self._sensitivity(errors, energy, checkpoint, advance) if self.sensitivity_tokens else None
         few = {str(layer): np.flatnonzero(row).tolist() for layer, row in enumerate(few_LE) if row.any()}
         remarks = {
             "experts_with_few_tokens": few,
             "tokens_drawn": int(self.sum("drawn").sum()),
             "energy_of_massive_tokens": {str(i): round(part, 4) for i, (_, part) in enumerate(clipped) if part > 0.5},
+            "int8_activations": self.int8_activations,
         }
-        return Measured(score, errors, energy, remarks)
+        return Measured(score, errors, energy, sensitivity, remarks)
+
+    def _sensitivity(
+        self,
+        errors: Mapping[str, Floats],
+        energy_L: Floats,
+        checkpoint: Callable[[], None],
+        advance: Callable[[int, int], None],
+    ) -> Floats:
+        """[L] nats of divergence for each unit of relative squared error; a layer that cannot be probed gets the mean."""
+        relative = {name: np.divide(error, energy_L[:, None], where=energy_L[:, None] > 0, out=np.zeros_like(error))
+                    for name, error in errors.items()}  # fmt: skip
+        probes = choose_probes(relative, self.formats)
+        batches = first_rows(self.context.batches, self.sensitivity_tokens)
+        done_L = self.sums.setdefault("divergence", np.full(len(probes), np.nan))
+        nats_L = layer_divergence(self.context.model, self.context.layers, probes, batches, done_L, advance)
+        checkpoint()
+        size_L = np.array([relative[form.name][layer].sum() if form else 0.0 for layer, form in enumerate(probes)])
+        known_L = size_L > 0
+        ratio_L = np.divide(nats_L, size_L, where=known_L, out=np.zeros_like(nats_L))
+        return np.where(known_L, ratio_L, ratio_L[known_L].mean() if known_L.any() else 1.0)
 
     def _clipped_energy(self, layer: int) -> tuple[float, float]:
         """A layer's energy with massive tokens clipped, for all tokens of the run, and the part that was clipped away."""
@@ -123,6 +168,20 @@ class OutputError(SampledEstimator):
         kept = np.minimum(energy, MASSIVE * np.median(energy))
         part = 1 - float(kept @ weight) / float(energy @ weight)
         return float(kept @ weight / weight.sum() * self.sum("tokens")[layer, 0]), part
+
+
+class RoundedInputs(TorchFunctionMode):  # type: ignore[misc]
+    """Within it, every linear layer rounds each row of its input to 8 bits, symmetrically, as int8 kernels do."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Round the first argument of a linear layer; leave all else alone."""
+        if func is torch.nn.functional.linear:
+            x, *rest = args
+            step = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / 127
+            args = ((x / step).round().mul(step).to(x.dtype), *rest)
+        return func(*args, **(kwargs or {}))
 
 
 def _mean(error_LE: Floats, load_LE: Ints, drawn_LE: Any) -> Floats:

@@ -9,7 +9,7 @@ Shapes: L MoE layers, E logical experts, T tokens, K top-k, N drawn tokens of on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from equipoise.errors import EquipoiseError
 from equipoise.profiling.importance.base import Context, Estimator, Floats, Ints, Observation
+from equipoise.profiling.sequences import Batch
 
 MEASURED_PASSES = 16
 """Forward passes that are measured at most: each one costs rounding every expert's weights once per precision."""
@@ -54,6 +55,23 @@ def draw(experts_TK: NDArray[np.integer], num_experts: int, quota: int | None, r
             start = int(end) - count
             picked = np.sort(order[start : start + (count if quota is None else min(quota, count))])
             yield Draw(expert, picked // experts_TK.shape[1], picked % experts_TK.shape[1], count / picked.size)
+
+
+def spread_budget(batches: Sequence[Batch], tokens: int) -> list[int]:
+    """Indices of batches, one of each scenario in turn, until they hold the budget."""
+    by_scenario: dict[str, list[int]] = {}
+    for step, batch in enumerate(batches):
+        by_scenario.setdefault(batch.scenario, []).append(step)
+    chosen: list[int] = []
+    held = 0
+    for turn in range(max(map(len, by_scenario.values()), default=0)):
+        if turn and held >= tokens:
+            break
+        for steps in by_scenario.values():
+            if turn < len(steps):
+                chosen.append(steps[turn])
+                held += batches[steps[turn]].tokens
+    return sorted(chosen)
 
 
 class SampledEstimator(Estimator):
