@@ -12,11 +12,12 @@ from planning.cases import make_profile, skewed
 
 
 def test_the_methods_are_listed_with_their_source():
-    assert METHODS.names()[:2] == ["rq", "rq-paper"]
+    assert METHODS.names()[:3] == ["rq", "rq-exact", "rq-paper"]
     assert {"robust", "contiguous", "round_robin", "eplb", "exflow", "incremental"} <= set(rank_methods())
-    assert not {"rq", "rq-paper"} & set(rank_methods())
+    assert not {"rq", "rq-exact", "rq-paper", "uniform"} & set(rank_methods())
     assert all(entry.summary and entry.source for entry in METHODS)
-    assert option_names("rq") == ["dispatch", "error_bound", "bytes_fraction", "precisions", "tolerance"]
+    options = ["dispatch", "error_bound", "bytes_fraction", "precisions", "tolerance", "alike", "bits_by"]
+    assert option_names("rq") == options
 
 
 def test_unknown_method_answers_with_the_nearest():
@@ -32,7 +33,8 @@ def test_unknown_method_answers_with_the_nearest():
         ({"units": 2.0}, r"units: 2.0 given"),
         ({"seed": -1}, r"seed: -1 given; allowed is a whole number from 0"),
         ({"dispatch": "random"}, r"dispatch: .*even.*least_loaded.*gate_aware.*given: 'random'"),
-        ({"precisions": ["int3"]}, r"unknown precision 'int3'"),
+        ({"precisions": ["int5"]}, r"unknown precision 'int5'"),
+        ({"bits_by": "luck"}, r"bits_by: 'luck' given; allowed are 'error' and 'frequency'"),
         (
             {"slots": 8},
             r"method 'rq' has no option 'slots'.*Methods that place on ranks have it: robust, contiguous, round_robin, eplb",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -113,6 +115,51 @@ def test_is_deterministic_and_carries_its_origin():
     assert first.to_json() == second.to_json()
     assert (first.seed, first.profile_sha256, first.routing_policy) == (3, "a1", "native")
     first.check_profile(profile)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_an_expert_have_one_precision_at_little_cost(seed: int):
+    profile = make_profile(skewed(seed, layers=6), error=ERRORS)
+    alike, own = (make_plan(profile, alike=value) for value in (True, False))
+    for layer in alike.layers:
+        names = dict(zip(layer.experts, layer.precisions, strict=True))
+        assert all(names[e] == q for e, q in zip(layer.experts, layer.precisions, strict=True))
+    assert alike.bytes_by_unit().max() <= alike.unit_bytes
+    assert alike.predicted.least_error <= alike.predicted.output_error + 1e-12
+    assert alike.predicted.lis < own.predicted.lis + 0.02
+
+
+def test_fewer_bits_than_four_are_used_where_bytes_are_short():
+    errors = {"int8": 0.005, "int4-g32": 0.05, "int3-g32": 0.1, "int2-g32": 0.3}
+    profile = make_profile(skewed(3, layers=6, experts=16), error=errors)
+    plan = make_plan(profile, bytes_fraction=0.4, error_bound=0.2)
+    assert {q for layer in plan.layers for q in layer.precisions} & {"int3-g32", "int2-g32"}
+    assert plan.bytes_by_unit().max() <= plan.unit_bytes
+    coarse = make_plan(profile, bytes_fraction=0.4, error_bound=0.2, precisions=["bf16", "int8", "int4-g32"])
+    assert plan.predicted.lis < coarse.predicted.lis
+
+
+def test_sensitive_layers_keep_more_bits_and_the_divergence_is_predicted():
+    plain = make_profile(skewed(4, layers=4), error=ERRORS)
+    weighted = replace(plain, sensitivity=np.array([10.0, 1.0, 1.0, 1.0]))
+    plans = [make_plan(p, error_bound=0.03, bytes_fraction=0.7) for p in (plain, weighted)]
+    first = [sum(s * plain.relative_error(q)[0, e] for e, q, s in zip(plan.layers[0].experts, plan.layers[0].precisions,
+             plan.layers[0].shares, strict=True) if q != "bf16") for plan in plans]  # fmt: skip
+    assert first[1] < 0.5 * first[0]
+    assert plans[0].predicted.kl is None
+    assert plans[1].predicted.kl == pytest.approx(plans[1].predicted.output_error ** 2 * 4 * 13 / 4)
+
+
+def test_bits_by_frequency_never_beat_bits_by_error():
+    windows = skewed(6, layers=6)
+    profile = make_profile(windows, error=ERRORS)
+    rng = np.random.default_rng(0)
+    uneven = {name: error * rng.lognormal(0, 1, error.shape) for name, error in profile.output_error.items()}
+    profile = replace(profile, output_error=uneven)
+    ours, theirs = (make_plan(profile, bits_by=objective).predicted for objective in ("error", "frequency"))
+    assert ours.output_error < theirs.output_error
+    assert ours.bytes <= ours.budget_bytes
+    assert theirs.bytes <= theirs.budget_bytes
 
 
 def test_scale_of_the_counts_does_not_matter():

@@ -103,7 +103,16 @@ class Predicted(BaseModel):
     lis_paper: float = Field(description="mean over layers of m * max slot load / total load: the copy on a unit of its own")
     lower_bound: float = Field(description="proven: no plan within these bytes and this error has a lower `lis`")
     output_error: float | None = Field(
-        description="relative root-mean-square error of the layers' routed output; null when the profile did not measure it"
+        description="relative root-mean-square error of the layers' routed output, layers weighted by their sensitivity where "
+        "the profile measured it; null when it did not measure the error"
+    )
+    least_error: float | None = Field(
+        default=None, description="proven: no precisions of these copies in the same bytes have a smaller `output_error`"
+    )
+    kl: float | None = Field(
+        default=None,
+        description="KL divergence in nats per token that the error comes to; null when the profile did not measure "
+        "the layers' sensitivity",
     )
     bytes: int = Field(description="bytes of all slots, scales counted")
     budget_bytes: int = Field(description="bytes of all units together")

@@ -63,6 +63,8 @@ class Profile:
         output_error: precision name -> [L, E] sum over an expert's tokens of g^2 ||y_quantized - y||^2.
         output_energy: [L] sum over tokens of ||sum_e g_e y_e||^2, to which `output_error` is relative; a token counts for at
             most 100 of median energy, so that a few massive activations do not hide all others; empty when not measured.
+        sensitivity: [L] KL divergence of the model's predictions, in nats per token, for each unit of relative squared error
+            of the layer's routed output, as measured on small errors; empty when not measured.
     """
 
     model: ModelFacts
@@ -77,6 +79,7 @@ class Profile:
     importance: Mapping[str, Floats] = field(default_factory=dict)
     output_error: Mapping[str, Floats] = field(default_factory=dict)
     output_energy: Floats = field(default_factory=lambda: np.zeros(0, np.float64))
+    sensitivity: Floats = field(default_factory=lambda: np.zeros(0, np.float64))
 
     def __post_init__(self) -> None:
         self._check()
@@ -125,6 +128,7 @@ class Profile:
             "transitions": self.transitions,
             "coactivation": self.coactivation,
             "output_energy": self.output_energy,
+            "sensitivity": self.sensitivity,
         }
         arrays |= {f"importance/{name}": a for name, a in self.importance.items()}
         arrays |= {f"output_error/{name}": a for name, a in self.output_error.items()}
@@ -142,6 +146,7 @@ class Profile:
             "transitions": [(max(n_layers - 1, 0), e, e), (0, 0, 0)],
             "coactivation": [(n_layers, e, e), (0, 0, 0)],
             "output_energy": [(n_layers,), (0,)],
+            "sensitivity": [(n_layers,), (0,)],
         }
         for name, array in self._arrays().items():
             shapes = wanted.get(name, [(n_layers, e)])

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from equipoise.arguments import (
+    Dispatch,
     Json,
     Nodes,
     Options,
@@ -98,23 +99,29 @@ def plan(
 
 def frontier(
     profile: Annotated[Path, typer.Argument(help="a profile")],
-    bytes_fractions: Annotated[str, typer.Option("--bytes", help="fractions of the original bytes")] = "0.5,0.75,1.0",
-    error_bounds: Annotated[str, typer.Option(help="bounds on the predicted error")] = "0,0.01,0.02,0.03,0.05,0.1",
+    bytes_fractions: Annotated[str, typer.Option("--bytes", help="fractions of the original bytes")] = "0.5,0.75,1.0,1.25",
+    error_bounds: Annotated[str, typer.Option(help="bounds on the predicted error")] = "0,0.01,0.02,0.03,0.06,0.12",
     units: Units = None,
+    dispatch: Dispatch = "even",
+    plot: Annotated[Path | None, typer.Option(help="picture to write, .png or .svg (needs matplotlib)")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Show what balance costs: one `rq` plan for each number of bytes and each error bound."""
+    """Show what balance costs: one `rq` plan for each number of bytes and each error bound; predicted, not measured."""
     from equipoise.artifacts import Profile
     from equipoise.planning.frontier import frontier as compute
     from equipoise.planning.frontier import frontier_rows
+    from equipoise.reporting.frontier_plot import frontier_plot
     from equipoise.reporting.listing import frontier_table
 
     points = compute(
         Profile.load_file(profile), bytes_fractions=numbers(bytes_fractions), error_bounds=numbers(error_bounds),
-        units=units, seed=seed,
+        units=units, seed=seed, dispatch=dispatch,
     )  # fmt: skip
     rows = frontier_rows(points)
+    if plot:
+        drawn = [{**row, "model": "predicted"} for row in rows["points"] if row["lis"] is not None]
+        frontier_plot(drawn, plot, quality="output_error", label="predicted relative error of layers' output")
     show(as_json, rows, [frontier_table(rows)], None)
 
 

@@ -29,6 +29,8 @@ def assemble(
     seed: int,
     dispatch: str,
     error_bound: float = float("inf"),
+    least_error: float | None = None,
+    proven_lis: float | None = None,
     count_copies: bool = False,
 ) -> Plan:
     """The plan of these slots, validated, with its predicted balance, bytes, error and proven bound.
@@ -43,6 +45,8 @@ def assemble(
         seed: to be written into the plan.
         dispatch: which copy serves which token.
         error_bound: what the lower bound on LIS may assume of the error.
+        least_error: proven bound on the error of any precisions of these slots, if there is one.
+        proven_lis: bound on LIS that a method has proven itself; that of `bound.lower_bound` when omitted.
         count_copies: predict `lis_paper` with m = slots instead of m = experts.
 
     Raises:
@@ -78,11 +82,21 @@ def assemble(
         )
     except ValidationError as error:
         raise PlanError(f"{first_problem(error)}; given: {dispatch!r}." if "dispatch" in str(error) else str(error)) from error
-    return plan.model_copy(update={"predicted": _predict(plan, profile, budget, slots, option_N, error_bound, count_copies)})
+    predicted = _predict(plan, profile, budget, slots, option_N, error_bound, least_error, count_copies)
+    if proven_lis is not None:
+        predicted = predicted.model_copy(update={"lower_bound": min(proven_lis, predicted.lis)})
+    return plan.model_copy(update={"predicted": predicted})
 
 
 def _predict(
-    plan: Plan, profile: Profile, budget: Budget, slots: Slots, option_N: Ints, error_bound: float, count_copies: bool
+    plan: Plan,
+    profile: Profile,
+    budget: Budget,
+    slots: Slots,
+    option_N: Ints,
+    error_bound: float,
+    least_error: float | None,
+    count_copies: bool,
 ) -> Predicted:
     load = profile.load
     scores = plan.lis(load)
@@ -90,6 +104,7 @@ def _predict(
     used = set(option_N.tolist())
     known = all(budget.measured[q] for q in used)
     held = plan.bytes_by_unit()
+    squared = float(error_N.sum())
     total = max(budget.total_bytes, int(held.sum()))
     p_LE = scaled(load, budget.units)
     return Predicted(
@@ -98,7 +113,9 @@ def _predict(
         lis_max=_max(scores),
         lis_paper=_mean(plan.lis_paper(load, count_copies=count_copies)),
         lower_bound=lower_bound(p_LE, profile.widths, budget, error_bound, total_bytes=total),
-        output_error=float(np.sqrt(error_N.sum() / len(plan.layers))) if known else None,
+        output_error=float(np.sqrt(squared / len(plan.layers))) if known else None,
+        least_error=least_error if known else None,
+        kl=squared * budget.nats if known and np.isfinite(budget.nats) else None,
         bytes=int(held.sum()),
         budget_bytes=budget.total_bytes,
         overrun_bytes=max(0, int(held.max()) - budget.unit_bytes),

@@ -5,6 +5,7 @@ Shapes: L MoE layers, E logical experts of the widest layer, Q precisions from m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ from equipoise.precisions import FLOATS, Precision, precision
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MANTISSA = {"fp32": 23, "fp16": 10, "bf16": 7}
+MANTISSA = {"fp32": 23, "fp16": 10, "bf16": 7, "fp8": 3}
+DEFAULT_PRECISIONS = ("int8", "int4-g32")
+"""Formats beside the 16-bit one that slots may have when the profile measured no errors."""
 
 
 class UnreachableError(PlanError):
@@ -33,11 +36,14 @@ class Budget:
     Attributes:
         precisions: the Q formats that a slot may have, from most to fewest bytes.
         sizes: [L, Q] bytes of one expert of each layer in each format, scales counted.
-        errors: [L, E, Q] relative squared error of the layer's routed output if that expert alone is stored so.
+        errors: [L, E, Q] relative squared error of the layer's routed output if that expert alone is stored so, times the
+            layer's weight.
         measured: Q booleans: False for an integer format that the profile did not measure, so that its error is assumed
             from its bits. What a float format rounds away is known, and counts as measured.
         units: parallel units U of every layer.
         unit_bytes: what one unit holds at most, over all layers together.
+        nats: what a weighted error of 1 in one layer adds to the KL divergence of the model's predictions; nan when the
+            profile did not measure how sensitive layers are, and all weights are 1.
     """
 
     precisions: tuple[Precision, ...]
@@ -46,6 +52,7 @@ class Budget:
     measured: tuple[bool, ...]
     units: int
     unit_bytes: int
+    nats: float = math.nan
 
     @property
     def total_bytes(self) -> int:
@@ -80,19 +87,25 @@ def assumed_error(form: Precision, columns: int) -> float:
     """Relative squared error of an expert's output from rounding its weights to a format, known from the bits alone.
 
     Weights are taken as Gaussian: the largest of n columns of a group is near sigma * z(1 - 0.28 / n), z the normal
-    quantile (within 2 % of the mean of the maximum of n absolute values); a symmetric b-bit step is that over
-    2^(b-1) - 1, and rounding leaves step^2 / 12. Two matrices follow one another (up, down), so their errors add.
-    A float of m mantissa bits leaves about 2^(-2m) / 36 per matrix.
+    quantile (within 2 % of the mean of the maximum of n absolute values). A symmetric b-bit step is that over
+    2^(b-1) - 1, an asymmetric one twice that over 2^b - 1, and rounding leaves step^2 / 12. Two matrices follow one another
+    (up, down), so their errors add. A float of m mantissa bits leaves about 2^(-2m) / 36 per matrix.
 
     Args:
         form: the storage format.
         columns: inputs of a matrix, the group when the format has none of its own.
     """
-    if form.is_float:
+    if form.name in MANTISSA:
         return float(2 * 2.0 ** (-2 * MANTISSA[form.name]) / 36)
     group = min(form.group or columns, columns)
     peak_squared = max(float(ndtri(1 - 0.28 / group)), 0.6) ** 2
-    return float(2 * peak_squared / (12 * (2 ** (form.bits - 1) - 1) ** 2))
+    steps = 2 ** (form.bits - 1) - 1 if form.symmetric else (2**form.bits - 1) / 2
+    return float(2 * peak_squared / (12 * steps**2))
+
+
+def default_precisions(profile: Profile) -> tuple[str, ...]:
+    """Formats that slots may have when none are named: the 16-bit one, and those whose error the profile measured."""
+    return (sixteen_bit(profile.model).name, *(profile.output_error or DEFAULT_PRECISIONS))
 
 
 def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: float, reference: str | None = None) -> Budget:
@@ -100,10 +113,11 @@ def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: fl
 
     Errors are the profile's measured `output_error` where it has them, else `assumed_error` shared among experts by
     their part of the gate mass (or of the load when no gate mass was recorded). An expert that was never seen is
-    treated as if seen once, so that it is not thought free to damage.
+    treated as if seen once, so that it is not thought free to damage. Layers whose measured sensitivity is higher weigh
+    more; the weights have a mean of 1.
 
     Args:
-        profile: loads, and measured errors when it has them.
+        profile: loads, and measured errors and sensitivity when it has them.
         units: U.
         names: formats that slots may have.
         fraction: of the original experts' bytes that the plan may use.
@@ -127,7 +141,9 @@ def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: fl
     bytes_LQ = np.array([[layer.expert_bytes(p) for p in forms] for layer in model.layers], np.int64)
     errors, measured = zip(*(_error(profile, form) for form in forms), strict=True)
     capacity = unit_capacity(model, units, fraction, precision(reference) if reference else None)
-    budget = Budget(tuple(forms), bytes_LQ, np.stack(errors, -1), tuple(measured), units, capacity)
+    weight_L, nats = _weights(profile)
+    weighted = weight_L[:, None, None] * np.stack(errors, -1)
+    budget = Budget(tuple(forms), bytes_LQ, weighted, tuple(measured), units, capacity, nats)
     least = int((profile.widths * bytes_LQ.min(1)).sum())
     if least > budget.total_bytes:
         smallest = min(forms, key=lambda p: model.layers[0].expert_bytes(p)).name
@@ -136,6 +152,14 @@ def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: fl
             f"needs {least}; allow more bytes or formats with fewer bits."
         )
     return budget
+
+
+def _weights(profile: Profile) -> tuple[Floats, float]:
+    """[L] weight of each layer's error, of mean 1, and the nats of KL divergence that a weighted error of 1 stands for."""
+    nats_L = profile.sensitivity
+    if not nats_L.size or not nats_L.sum() > 0:
+        return np.ones(len(profile.model.layers)), math.nan
+    return nats_L / nats_L.mean(), float(nats_L.mean())
 
 
 def _error(profile: Profile, form: Precision) -> tuple[Floats, bool]:

@@ -11,7 +11,7 @@ from equipoise.errors import PlanError
 from equipoise.planning.budget import UnreachableError
 from equipoise.planning.methods import make_plan
 
-BYTES_FRACTIONS = (0.5, 0.625, 0.75, 0.875, 1.0)
+BYTES_FRACTIONS = (0.5, 0.75, 1.0, 1.25)
 ERROR_BOUNDS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
 
 
@@ -99,9 +99,11 @@ def frontier_rows(points: Sequence[FrontierPoint]) -> dict[str, Any]:
             {
                 "bytes_fraction": point.bytes_fraction,
                 "error_bound": point.error_bound,
+                "lis_base": predicted.lis_raw if predicted else None,
                 "lis": predicted.lis if predicted else None,
                 "lower_bound": predicted.lower_bound if predicted else None,
                 "output_error": predicted.output_error if predicted else None,
+                "kl": predicted.kl if predicted else None,
                 "bytes": predicted.bytes if predicted else None,
                 "slots": sum(layer.num_slots for layer in point.plan.layers) if point.plan else None,
                 "efficient": point.efficient,

@@ -17,6 +17,9 @@ from equipoise.artifacts import Profile
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+SAMPLES = 24
+"""Stretches of text that dispatches are tried on."""
+
 
 @dataclass(frozen=True, eq=False)
 class Slots:
@@ -51,6 +54,8 @@ class Outlook:
         variance: [L, E] variance of each expert's scaled load over windows; zero when there is only one window.
         deviations: [L, B, E] independent directions; the sum of their squares is that variance, small ones left out.
         windows: how many windows the profile has; the mean over them varies by 1 / windows of that variance.
+        samples: [S, L, E] scaled load of stretches of text, each a batch for dispatches that split every batch anew:
+            the windows, neighbours of one scenario joined where there are many.
     """
 
     units: int
@@ -59,6 +64,7 @@ class Outlook:
     variance: Floats
     deviations: Floats
     windows: int
+    samples: Floats
 
 
 def scaled(load_LE: NDArray[np.generic], units: int) -> Floats:
@@ -88,7 +94,20 @@ def outlook(profile: Profile, units: int, rank: int = 12) -> Outlook:
     centred_LWE = ((scaled(windows, units) - mean_LE) * part_WL[:, :, None]).transpose(1, 0, 2)
     variance_LE = (centred_LWE**2).sum(1)
     p_LE = scaled(profile.load, units)
-    return Outlook(units, profile.widths, p_LE, variance_LE, _components(centred_LWE, rank), windows.shape[0])
+    deviations = _components(centred_LWE, rank)
+    return Outlook(units, profile.widths, p_LE, variance_LE, deviations, windows.shape[0], scaled(_samples(profile), units))
+
+
+def _samples(profile: Profile, most: int = SAMPLES) -> Ints:
+    """[S, L, E] load of at most about `most` stretches of text, none of two scenarios."""
+    if len(profile.windows) <= 1:
+        return np.asarray(profile.scenario_load)
+    part = -(-len(profile.windows) // most)
+    starts = [0]
+    for index in range(1, len(profile.windows)):
+        if profile.window_scenario[index] != profile.window_scenario[index - 1] or index - starts[-1] >= part:
+            starts.append(index)
+    return np.asarray(np.add.reduceat(profile.windows, starts, axis=0))
 
 
 def _components(centred_LWE: Floats, rank: int) -> Floats:

@@ -12,10 +12,12 @@ from equipoise.errors import PlanError
 from equipoise.planning.affinity import exflow
 from equipoise.planning.budget import default_units
 from equipoise.planning.eplb import eplb
+from equipoise.planning.exact import rq_exact
 from equipoise.planning.linear import contiguous, round_robin
 from equipoise.planning.replan import incremental
 from equipoise.planning.replicate_quantize import rq, rq_paper
 from equipoise.planning.robust import robust
+from equipoise.planning.uniform import uniform
 from equipoise.registry import Registry
 
 RANK_OPTIONS = ("slots", "nodes", "current", "phase")
@@ -32,10 +34,20 @@ METHODS.register(
     source="Equipoise; McNaughton (1959), Graham (1969), Sinha and Zoltners (1979)",
 )(rq)
 METHODS.register(
+    "rq-exact",
+    summary="bits, copies and units of a small model by integer programming: the proven optimum for the measured load",
+    source="Equipoise; HiGHS",
+)(rq_exact)
+METHODS.register(
     "rq-paper",
     summary="Replicate-and-Quantize as published: one quantized copy and one quantized expert per layer",
     source="R&Q (arXiv:2602.19938) Algorithms 1 to 3",
 )(rq_paper)
+METHODS.register(
+    "uniform",
+    summary="every expert once, all in one precision: what others are held against",
+    source="Equipoise",
+)(uniform)
 METHODS.register(
     "robust",
     summary="copies and places that keep ranks level on traffic not planned for; the engine's default where none is better",

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from equipoise.planning.budget import Budget, UnreachableError
+from equipoise.planning.dispatched import dispatched_lis, improve
 from equipoise.planning.knapsack import Choice, choose
 from equipoise.planning.load import Floats, Ints, Outlook, Slots, contiguous, expected_lis
-from equipoise.planning.precision import assign_bits, even_bytes, pooled_bits
+from equipoise.planning.precision import assign_bits, pooled_bits
 from equipoise.planning.replicate import balance_shares, copies, copy_order, drop_idle, level
 from equipoise.planning.spread import exchange, place
 
@@ -29,6 +30,10 @@ RESERVE = 1.04
 """Copies that the error bound has to bear for each that is placed; leveling adds about as many."""
 IDLE = 0.002
 """Part of a unit's load below which a copy is not worth its bytes."""
+STEPS_TO_COMPARE, STEPS_TO_KEEP = 6, 80
+"""Steps of the search for slots that least-loaded dispatch can do much with: for a point of the curve, and for the plan."""
+MOST_FLOWS = 120_000
+"""Slots times windows of all layers together beyond which that search would take minutes and is left out."""
 RETRIES = 8
 """How often a plan that missed its error is made again with fewer copies, before it is made without."""
 SWEEPS = 2
@@ -43,27 +48,40 @@ class Solution:
         slots: copies, units and shares.
         options: [N] precision of each slot.
         error: relative RMS error of the layers' routed output; nan when a unit does not hold its slots in any format.
+        least_error: proven: no precisions of these copies that fit the same bytes have a smaller error.
     """
 
     slots: Slots
     options: Ints
     error: float
+    least_error: float
 
 
-def solve(look: Outlook, budget: Budget, error_bound: float, tolerance: float, seed: int) -> Solution:
+def solve(
+    look: Outlook,
+    budget: Budget,
+    error_bound: float,
+    tolerance: float,
+    seed: int,
+    *,
+    alike: bool = True,
+    least_loaded: bool = False,
+) -> Solution:
     """Copies, units, shares and bits with the least imbalance expected on other text.
 
     Args:
         look: load and its deviations.
         budget: bytes and errors.
         error_bound: most relative RMS error of the layers' routed output.
-        tolerance: expected LIS given away for fewer copies and so less error.
+        tolerance: part of the imbalance without copies that is given away for fewer of them, and so less error.
         seed: of the random deviations that expected LIS is a mean over.
+        alike: one precision for all copies of an expert.
+        least_loaded: each batch's tokens are split anew, instead of by the plan's shares.
 
     Raises:
         UnreachableError: even without copies the error exceeds the bound.
     """
-    search = _Search(look, budget, seed)
+    search = _Search(look, budget, seed, alike, least_loaded)
     extra_L = search.allocate(error_bound, tolerance)
     for _ in range(RETRIES):
         solution = search.carry_out(extra_L)
@@ -86,8 +104,9 @@ def solve(look: Outlook, budget: Budget, error_bound: float, tolerance: float, s
 class _Search:
     """One profile and budget; the curve is shared by all that is asked of them."""
 
-    def __init__(self, look: Outlook, budget: Budget, seed: int) -> None:
+    def __init__(self, look: Outlook, budget: Budget, seed: int, alike: bool, least_loaded: bool) -> None:
         self.look, self.budget, self.seed = look, budget, seed
+        self.alike, self.least_loaded = alike, least_loaded
         self.fewest_L = budget.sizes.min(1)
         spare = budget.total_bytes - int((look.widths * self.fewest_L).sum())
         self.most = int(min(spare // int(self.fewest_L.sum()), int(look.widths.max()) * (look.units - 1)))
@@ -101,7 +120,7 @@ class _Search:
         """Relative RMS error with so many extra copies and the reserve, shares even and bytes pooled; nan if none fit."""
         d_LE = self.copies(np.ceil(RESERVE * extra_L).astype(np.int64))
         layer, expert = (np.repeat(index.ravel(), d_LE.ravel()) for index in np.indices(d_LE.shape))
-        bits = pooled_bits(Slots(layer, expert, expert, 1.0 / d_LE[layer, expert]), self.budget)
+        bits = pooled_bits(Slots(layer, expert, expert, 1.0 / d_LE[layer, expert]), self.budget, self.alike)
         return float("nan") if bits.excess else float(np.sqrt(bits.cost / len(d_LE)))
 
     def most_copies(self, error_bound: float) -> int:
@@ -129,15 +148,23 @@ class _Search:
             return choose(size_LM, score_LM, pool, copies * step, 1)
 
         most = _largest(int(size_LM[:, 0].sum()) // step, lambda n: self.error(menu_M[spend(n).option]) <= error_bound)
-        worst = spend(most).cost + tolerance * len(score_LM)
+        worst = spend(most).cost + tolerance * float((score_LM[:, -1] - 1.0).sum())
         fewest = most - _largest(most, lambda less: spend(most - less).cost <= worst)
         return np.asarray(menu_M[spend(fewest).option])
 
     def _expected(self, extra: int) -> Floats:
         """[L] expected LIS with the same number of extra copies in all layers, placed quickly."""
-        d_LE = self.copies(np.full(len(self.look.load), extra))
-        slots = balance_shares(place(self.look, d_LE, _room(d_LE, self.look.units)), self.look, rounds=20)
-        return expected_lis(slots, self.look, self.seed)
+        look = self.look
+        d_LE = self.copies(np.full(len(look.load), extra))
+        room_L = _room(d_LE, look.units)
+        slots = place(look, d_LE, room_L)
+        if self.least_loaded:
+            return dispatched_lis(improve(slots, look, room_L, self._steps(slots, STEPS_TO_COMPARE), self.seed), look)
+        return expected_lis(balance_shares(slots, look, rounds=20), look, self.seed)
+
+    def _steps(self, slots: Slots, wanted: int) -> int:
+        """Steps of the search for dispatched slots that the size of the problem allows."""
+        return wanted if len(slots.unit) * len(self.look.samples) <= MOST_FLOWS else 0
 
     def carry_out(self, extra_L: Ints) -> Solution:
         """Slots with so many extra copies, placed with care, and their bits."""
@@ -148,15 +175,17 @@ class _Search:
         if extra_L.any() or look.units < look.load.shape[1]:
             for _ in range(SWEEPS):
                 slots = balance_shares(exchange(slots, look, room_L), look)
+        if self.least_loaded:
+            slots = improve(slots, look, room_L, self._steps(slots, STEPS_TO_KEEP), self.seed)
+            return self._finish(balance_shares(slots, look))
         slots = drop_idle(level(slots, look, LEVEL, -(-extra_L // 4)), look, IDLE)
         return self._finish(_no_worse(balance_shares(slots, look), look))
 
     def _finish(self, slots: Slots) -> Solution:
         """The bits of these slots, with units named so that bytes come out even."""
-        named = even_bytes(slots, self.budget, pooled_bits(slots, self.budget).option)
-        bits = assign_bits(named, self.budget)
+        named, bits = assign_bits(slots, self.budget, self.alike)
         error = float("nan") if bits.excess else float(np.sqrt(bits.cost / len(self.fewest_L)))
-        return Solution(named, bits.option, error)
+        return Solution(named, bits.option, error, float(np.sqrt(bits.lower_bound / len(self.fewest_L))))
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
