@@ -95,7 +95,11 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         table.add_row("proven lower bound", f"{_fixed(predicted['lower_bound'])} (gap {_fixed(predicted['gap'])})")
         table.add_row("LIS as the paper counts", _fixed(predicted["lis_paper"]))
         error = predicted["output_error"]
-        table.add_row("relative output error", "not measured" if error is None else f"{error:.3g}")
+        proven = predicted["least_error"]
+        least = "" if proven is None else f" (proven least with these copies: {proven:.3g})"
+        table.add_row("relative output error", "not measured" if error is None else f"{error:.3g}{least}")
+        if predicted["kl"] is not None:
+            table.add_row("KL divergence, nats per token", f"{predicted['kl']:.2g}")
         table.add_row("bytes of all slots", f"{_bytes(predicted['bytes'])} of {_bytes(predicted['budget_bytes'])}")
         table.add_row("overrun of the fullest unit", _bytes(predicted["overrun_bytes"]))
         out.append(table)
