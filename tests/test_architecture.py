@@ -104,6 +104,8 @@ def test_public_names_are_documented(path):
         "equipoise.engines.registry",
         "equipoise.simulation.simulate",
         "equipoise.reporting.tables",
+        "equipoise.reporting.report_parts",
+        "equipoise.reporting.page",
         "equipoise.reporting.simulation",
     ],
 )

@@ -42,7 +42,7 @@ def run(tiny_model_dir, tmp_path_factory):
     said: list[str] = []
     texts = {"one": corpus(1, 30), "two": corpus(2, 30)}
     options = {"tokens": 1500, "heldout_tokens": 600, "seq_len": 64, "progress": False}
-    options["compare"] = ("rq-paper", "rq:least_loaded")
+    options["compare"] = ("rq-paper", "rq:even")
     return balance(str(tiny_model_dir), texts, out, say=said.append, **options), said
 
 
@@ -50,7 +50,7 @@ def test_the_run_leaves_whole_files_and_a_model(run):
     result, said = run
     names = {path.name for path in result.directory.iterdir()}
     assert names == {
-        "model", "rq.plan.json", "rq-paper.plan.json", "rq-least_loaded.plan.json", "run.profile.safetensors", "run.eval.json"
+        "model", "rq.plan.json", "rq-paper.plan.json", "rq-even.plan.json", "run.profile.safetensors", "run.eval.json"
     }  # fmt: skip
     assert read_artifact(result.directory / "rq.plan.json") == result.plans["rq"]
     assert read_artifact(result.directory / "run.eval.json") == result.evaluation
@@ -61,9 +61,9 @@ def test_the_run_leaves_whole_files_and_a_model(run):
 def test_raw_published_and_optimal_stand_side_by_side(run):
     result, _ = run
     contenders = {c.name: c for c in result.evaluation.contenders}
-    assert set(contenders) == {"rq", "rq-paper", "rq:least_loaded"}
-    assert result.plans["rq"].dispatch == "even"
-    assert result.plans["rq:least_loaded"].dispatch == "least_loaded"
+    assert set(contenders) == {"rq", "rq-paper", "rq:even"}
+    assert result.plans["rq"].dispatch == "least_loaded"
+    assert result.plans["rq:even"].dispatch == "even"
     for contender in contenders.values():
         assert contender.expert_bytes == sum(result.plans[contender.name].bytes_by_unit())
     assert contenders["rq"].expert_bytes <= result.evaluation.base_expert_bytes
@@ -78,3 +78,13 @@ def test_unreadable_artifacts_are_named(tmp_path):
     (tmp_path / "x").write_text("{}")
     with pytest.raises(EquipoiseError, match="not a valid plan"):
         read_artifact(tmp_path / "x")
+
+
+def test_a_model_without_text_writes_its_own(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
+    options = {"tokens": 600, "heldout_tokens": 200, "seq_len": 64, "progress": False, "compare": ()}
+    result = balance(str(tiny_model_dir), {}, tmp_path / "run", own_text=True, **options)
+    assert result.profile.source.scenarios == ("self-sampled",)  # the load is of text that nothing balanced
+    assert result.profile.source.options["calibration"]["names"] == ["self-balanced"]
+    assert [text.name for text in result.evaluation.contenders[0].texts] == ["self-sampled"]
+    assert (result.model_directory / "equipoise.plan.json").is_file()

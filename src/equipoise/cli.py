@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from equipoise import __version__
-from equipoise.commands import deciding, measuring, serving, training, whole
+from equipoise.commands import deciding, measuring, quantizing, reporting, sampling, serving, training, whole
 from equipoise.errors import EquipoiseError
 
 app = typer.Typer(
@@ -21,16 +21,19 @@ app = typer.Typer(
 )
 for command in (
     measuring.profile,
+    sampling.sample,
     deciding.plan,
     deciding.frontier,
     serving.simulate,
     serving.export,
     serving.payback,
     measuring.apply,
+    quantizing.quantize,
     measuring.evaluate,
     whole.balance,
     whole.demo,
     deciding.inspect,
+    reporting.report,
     deciding.methods,
 ):
     app.command()(command)

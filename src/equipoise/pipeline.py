@@ -11,6 +11,8 @@ The run directory holds everything that the run made, and a run that was interru
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,11 @@ from equipoise.planning.methods import make_plan
 
 PROFILE = "run.profile.safetensors"
 EVALUATION = "run.eval.json"
-PRECISIONS = ("int8", "int4-g32")
+PRECISIONS = ("int8", "int4-g32", "int3-g32", "int2-g32")
 """Formats whose output error is measured, because plans choose among them."""
+SENSITIVITY_TOKENS = 512
+"""Tokens on which it is measured how much each layer's error matters; at least one row of each scenario."""
+ROUNDING = "gptq"
 
 Texts = Mapping[str, Sequence[str]]
 
@@ -43,11 +48,13 @@ class Balanced:
         return self.directory / "model"
 
 
+HELD_OUT = 0.2
+"""Part of the documents that is judged on, where no text is given for that."""
 STRETCH = 4000
 """Characters of one stretch of a long document, where a scenario has too few documents to hold some out."""
 
 
-def hold_out(texts: Texts, fraction: float = 0.2) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def hold_out(texts: Texts, fraction: float = HELD_OUT) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Divide documents into those to plan from and those to judge on, by a hash of each document.
 
     A scenario of fewer than ten documents (one long file, say) is first cut into stretches of about `STRETCH` characters.
@@ -98,7 +105,9 @@ def balance(
     compare: Sequence[str] = ("rq-paper",),
     units: int | None = None,
     plan_options: Mapping[str, Any] | None = None,
-    dispatch: str = "even",
+    dispatch: str = "least_loaded",
+    rounding: str = ROUNDING,
+    own_text: bool = False,
     tokens: int = 8192,
     heldout_tokens: int | None = 4096,
     seq_len: int = 512,
@@ -117,7 +126,7 @@ def balance(
 
     Args:
         model: directory or hub name.
-        texts: scenario -> documents to measure the load on.
+        texts: scenario -> documents to measure the load on; may be empty with `own_text`.
         out: run directory.
         heldout: scenario -> documents to judge on; a fifth of `texts`, not planned from, when omitted.
         method: planning method whose model is saved.
@@ -125,6 +134,10 @@ def balance(
         units: parallel units U; the number of routed experts when omitted.
         plan_options: further options of `method`.
         dispatch: which copy serves which token: "even", "least_loaded" or "gate_aware".
+        rounding: how the experts of `method` are rounded, a name of `quantization.methods.METHODS`; other methods are
+            rounded to nearest.
+        own_text: the model writes the text that importance, errors and rounding are measured on; and also, drawn plainly,
+            the text that the load is measured on, if `texts` is empty.
         tokens: tokens per scenario to measure on.
         heldout_tokens: tokens per scenario to judge on; None for all.
         seq_len: longest sequence, in tokens.
@@ -147,20 +160,29 @@ def balance(
     """
     from equipoise.evaluation.evaluate import evaluate
     from equipoise.execution.apply import apply_plan
-    from equipoise.execution.checkpoint import save_balanced
+    from equipoise.execution.layerwise import Calibration
+    from equipoise.execution.streamed import apply_streamed
     from equipoise.profiling.calibrate import profile as measure
     from equipoise.profiling.loading import load_model, load_tokenizer
+    from equipoise.profiling.progress import ProgressBar
+    from equipoise.profiling.sequences import Framing, text_batches
+    from equipoise.quantization.methods import METHODS
 
     out = Path(out)
-    planned_from, judged_on = (texts, heldout) if heldout else hold_out(texts)
     say(f"load {model}")
     base, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
-    say(f"record where tokens go, and what each expert's bits cost ({', '.join(planned_from)})")
+    calibration: Texts | None = None
+    if own_text:
+        say("let the model write its own text")
+        texts, calibration = _own_text(base, tokenizer, texts, tokens, seq_len, seed, progress)
+    planned_from, judged_on = (texts, heldout) if heldout else hold_out(texts)
+    say(f"record where tokens go ({', '.join(planned_from)}), and what each expert's bits cost")
     out.mkdir(parents=True, exist_ok=True)
     resume = out / f".{PROFILE}.part"
     profile = measure(
         base, tokenizer, planned_from, tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
-        precisions=PRECISIONS, resume_path=resume, progress=progress, name=model, files=files,
+        precisions=PRECISIONS, importance_options={"output_error": {"sensitivity_tokens": SENSITIVITY_TOKENS}},
+        resume_path=resume, progress=progress, name=model, files=files, calibration=calibration,
     )  # fmt: skip
     profile.save(out / PROFILE)
     plans: dict[str, Plan] = {}
@@ -172,13 +194,27 @@ def balance(
             options["dispatch"] = own or dispatch
         plans[name] = make_plan(profile, base_name, units=units, seed=seed, **options)
         plans[name].save(out / f"{name.replace(':', '-')}.plan.json")
+    batches = text_batches(
+        calibration or planned_from, tokenizer, Framing.of(tokenizer, base.config),
+        tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
     contenders: dict[str, Any] = {}
     for name in plans:
         if name != method:
+            same = name.partition(":")[0] == method  # other methods are taken as published, rounded to nearest
             say(f"apply {name}")
-            contenders[name] = apply_plan(load_model(model, dtype=dtype, device=device), plans[name])
-    say(f"apply {method}, save to {out / 'model'} and load it again")
-    save_balanced(apply_plan(load_model(model, dtype=dtype, device=device), plans[method]), tokenizer, out / "model")
+            contenders[name] = apply_plan(
+                load_model(model, dtype=dtype, device=device), plans[name], method=rounding if same else "rtn", batches=batches
+            )
+    say(f"apply {method}, rounding by {rounding}, save to {out / 'model'} and load it again")
+    reads_text = METHODS.get(rounding).reads_hessian
+    on_text = Calibration(batches, rounding, workers=os.cpu_count() or 1) if reads_text else None
+    with ProgressBar(progress) as bar:
+        bar.stage("rounding", len(plans[method].layers), "MoE layers")
+        apply_streamed(
+            load_model(model, dtype=dtype, device=device, memory=0), tokenizer, plans[method], out / "model",
+            method=rounding, calibration=on_text, progress=bar.set,
+        )  # fmt: skip
     contenders[method] = load_balanced(out / "model", dtype=dtype, device=device)
     say(f"prove on text that was not planned from ({', '.join(judged_on)})")
     evaluation = evaluate(
@@ -188,6 +224,23 @@ def balance(
     evaluation.save(out / EVALUATION)
     resume.unlink(missing_ok=True)
     return Balanced(out, profile, plans, evaluation)
+
+
+def _own_text(
+    model: Any, tokenizer: Any, texts: Texts, tokens: int, seq_len: int, seed: int, progress: bool
+) -> tuple[Texts, Texts]:
+    """Text to measure the load on, and text to measure everything else on, the latter written by the model to use all experts.
+
+    Balanced text says nothing of the load. If no other is given, the model draws from itself without balancing.
+    """
+    from equipoise.profiling.self_sampled import self_texts
+
+    wanted: dict[str, Any] = {"sentences": -(-tokens // seq_len), "length": seq_len, "seed": seed, "progress": progress}
+    balanced = self_texts(model, tokenizer, **wanted)
+    if not texts:
+        wanted["sentences"] = math.ceil(wanted["sentences"] / (1 - HELD_OUT))  # a part will be judged on
+        texts = self_texts(model, tokenizer, sampler="plain", **wanted)
+    return texts, balanced
 
 
 def load_balanced(directory: str | Path, *, dtype: str = "auto", device: str = "cpu") -> Any:

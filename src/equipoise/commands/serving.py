@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from equipoise.arguments import Json, Options, Seed, assignments
+from equipoise.arguments import Json, Options, Seed, assignments, refuse_given
 from equipoise.commands.show import show
 from equipoise.errors import EquipoiseError
 
@@ -17,27 +17,55 @@ if TYPE_CHECKING:
 
 
 def export(
-    plan: Annotated[Path, typer.Argument(help="a plan")],
+    plan: Annotated[Path, typer.Argument(help="a plan; for checkpoints also the directory of a balanced model")],
     engine: Annotated[
-        str, typer.Option("--to", help="engine: sglang, vllm, tensorrt-llm, vllm-ascend, omni, lmdeploy, deepseek")
+        str,
+        typer.Option(
+            "--to",
+            help="engine: sglang, vllm, tensorrt-llm, vllm-ascend, omni, lmdeploy, deepseek; or a model that any tool loads: "
+            "compressed-tensors (quantized), checkpoint (16 bits)",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="file to write")],
+    out: Annotated[Path, typer.Option(help="file to write; a new directory for checkpoints")],
     config: Annotated[
         Path | None, typer.Option(help="the model's config.json, for a plan that does not know its dense layers")
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="loads, for engines that plan by themselves, and for vllm-permuted")
+        Path | None, typer.Option(help="loads, for engines that plan by themselves, vllm-permuted and --round-per-layer")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="checkpoint to reorder, for vllm-permuted, whose --out is a directory")
+        Path | None,
+        typer.Option(help="checkpoint to reorder, for vllm-permuted; for checkpoints, a balanced model or the plan's original"),
     ] = None,
+    round_layers: Annotated[
+        bool, typer.Option("--round-per-layer", help="for compressed-tensors: round the plan to one precision per layer first")
+    ] = False,
     options: Options = None,
     as_json: Json = False,
 ) -> None:
-    """Write a plan as the file that a serving engine loads, and print the flags to give beside it."""
+    """Write a plan as the file that a serving engine loads and print the flags to give beside it, or a model for any tool."""
     from equipoise.artifacts import Plan
+    from equipoise.commands.exporting import CHECKPOINTS, export_model
     from equipoise.engines.registry import write_plan
 
+    if engine in CHECKPOINTS:
+        refuse_given(f"--to {engine} reads the model's own config.json", {"--config": config})
+        if engine == "checkpoint":
+            refuse_given("a plain checkpoint holds any mixture", {"--round-per-layer": round_layers or None})
+        refuse_given("it tells the error of --round-per-layer", {"--profile": None if round_layers else profile})
+        rows, lines = export_model(
+            plan,
+            engine,
+            out,
+            model=model,
+            profile=profile,
+            round_layers=round_layers,
+            options=assignments(options),
+            quiet=as_json,
+        )
+        show(as_json, rows, lines, out)
+        return
+    refuse_given(f"--to {engine} writes a plan's placement, not its precisions", {"--round-per-layer": round_layers or None})
     named = {"config": config, "profile": profile, "model": model}
     given = assignments(options) | {name: value for name, value in named.items() if value is not None}
     written = write_plan(Plan.load_file(plan), engine, out, **given)

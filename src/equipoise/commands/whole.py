@@ -24,13 +24,14 @@ from equipoise.arguments import (
     SeqLen,
     TaskDir,
     Tasks,
-    Text,
+    TextOrSelf,
     Tokens,
     Units,
     names,
     plan_options,
     read,
     scenario_files,
+    text_sources,
 )
 from equipoise.commands.show import say, show_evaluation
 
@@ -38,7 +39,7 @@ from equipoise.commands.show import say, show_evaluation
 def balance(
     model: Model,
     out: Annotated[Path, typer.Option(help="run directory; the balanced model goes to OUT/model")],
-    text: Text = None,
+    text: TextOrSelf = None,
     scenario: Scenario = None,
     heldout: Annotated[
         list[str] | None, typer.Option(help="text to judge on: NAME=FILE[,FILE...]  [default: a fifth of the text]")
@@ -53,7 +54,8 @@ def balance(
         float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")
     ] = None,
     options: Options = None,
-    dispatch: Dispatch = "even",
+    dispatch: Dispatch = "least_loaded",
+    rounding: Annotated[str, typer.Option(help="how METHOD's experts are rounded: gptq, agq, agq2, rtn-clip or rtn")] = "gptq",
     tokens: Tokens = 8192,
     heldout_tokens: Annotated[int, typer.Option(help="tokens per scenario to judge on")] = 4096,
     task: Tasks = None,
@@ -67,16 +69,21 @@ def balance(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The main job in one command: record, plan, apply, save, reload, prove."""
-    files = scenario_files(text, scenario)
+    """The main job in one command: record, plan, apply, save, reload, prove.
+
+    With `--text self`, importance, errors and rounding are measured on text that the model writes itself; the load too if
+    no files are given, on text that it draws without balancing.
+    """
+    own_text, files = text_sources(text, scenario)
     held_files = scenario_files(None, heldout) if heldout else {}
     from equipoise.pipeline import balance as run
 
     result = run(
         model, read(files, field), out, heldout=read(held_files, field) or None, method=method, compare=names(compare),
-        units=units, plan_options=plan_options(error_bound, None, options), dispatch=dispatch, tokens=tokens,
-        heldout_tokens=heldout_tokens, seq_len=seq_len, batch_size=batch_size, seed=seed, tasks=task or (), task_dir=task_dir,
-        limit=limit, dtype=dtype, device=device, files=files, progress=not quiet, say=say(quiet),
+        units=units, plan_options=plan_options(error_bound, None, options), dispatch=dispatch, rounding=rounding,
+        own_text=own_text, tokens=tokens, heldout_tokens=heldout_tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
+        tasks=task or (), task_dir=task_dir, limit=limit, dtype=dtype, device=device, files=files, progress=not quiet,
+        say=say(quiet),
     )  # fmt: skip
     show_evaluation(as_json, result.evaluation, result.model_directory)
 
@@ -101,7 +108,7 @@ def demo(
         demo_texts("calibration"),
         out,
         heldout=demo_texts("heldout"),
-        compare=("rq-paper", "rq:least_loaded"),
+        compare=("rq-paper", "rq:even"),
         tokens=tokens,
         heldout_tokens=heldout_tokens,
         tasks=("piqa", "arc_easy", "hellaswag", "winogrande"),
