@@ -2,7 +2,7 @@
 # make test    the test suite
 # make lint    ruff and mypy
 # make test-engines   plans, records and the plug-in inside real engines (vLLM on a CPU, SGLang's parser); its own environment
-# make bench   every benchmark in benchmarks/, with the defaults its page quotes
+# make bench   the benchmarks in benchmarks/, with the defaults their pages quote (but those that need environments of their own)
 # Each target makes its own environment in .venv from constraints.txt; PYTHON=... picks the interpreter, WORKERS=2 tests on two cores.
 
 PYTHON ?= python3
@@ -43,7 +43,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	@for script in $(filter-out benchmarks/baselines.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/baselines.py %_page.py %_peers.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(ENGINES) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,8 +5,9 @@
 
 The first makes the table of plans, the second the frontier: plans over a grid of bytes and error bounds, measured.
 Planned on four fifths of the training documents. `--split tune` judges on the last fifth of them, which is what settings
-were chosen on; `--split report`, the default, on held-out documents. Seeds draw other excerpts of both. `--data` is the directory that the lab's mix is relative to; without it, and for the reference model
-always, the text is the demo's. What was measured is kept in `--out` and not measured again; delete it when a method changed.
+were chosen on; `--split report`, the default, on held-out documents. Seeds draw other excerpts of both. `--data` is the
+directory that the lab's mix is relative to; without it, and for the reference model always, the text is the demo's. What
+was measured is kept in `--out` and not measured again; delete it when a method changed.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def mixed_experts(
 
     Returns:
         [N, D] in the dtype of the inputs; None where the layer has formats that the kernels do not take together (two of a
-        kind, rotated, other formats than int8 and symmetric int4 in groups of a multiple of 32), floats alone, or Triton is missing.
+        kind, rotated ones, other formats than int8 and symmetric int4 in groups of a multiple of 32), floats alone, or Triton
+        is missing.
     """
     if all(group.native for group in groups) or any(group.rotated for group in groups) or not len(row_N) or not has_triton():
         return None

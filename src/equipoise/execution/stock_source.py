@@ -77,7 +77,7 @@ class Source:
             raise CheckpointError(f"'{directory}' is quantized ({quantization.get('quant_method')}); give the original.")
         if balanced and EquipoiseConfig(**quantization).rotated:
             raise CheckpointError(
-                f"'{directory}' stores experts rotated, which a stock checkpoint cannot say; round the model again without rotate."
+                f"'{directory}' stores experts rotated, which a stock checkpoint cannot say; round the model without rotate."
             )
         self.plan = _plan(self.directory, EquipoiseConfig(**quantization).read_plan() if balanced else None, plan)
         self.model: PreTrainedModel = skeleton(self.directory)
