@@ -2,14 +2,13 @@
 
 Run from the repository root:
     python benchmarks/larger_than_memory.py                    # 200 MB over what the interpreter and its libraries take
-    python benchmarks/larger_than_memory.py --limit 150 --layers 32
 
 The model is made in code: random weights of a Mixtral of `--times` times the limit, single experts as such checkpoints have
 them, several files; in fp32, since torch's bf16 products keep code for every number of rows that they have met (150 MB in this
 run), which has nothing to do with the model. Every step runs in a process of its own whose private memory is limited by the
 kernel (RLIMIT_DATA: what it has after importing everything, plus the limit); that loading the model whole fails there is shown
 first. The quantization is then repeated and killed (SIGKILL) at three random moments, and what it ends with is compared byte by
-byte. The limit has to hold one layer and what the rounding of some experts takes, so it cannot be much smaller than 150 MB.
+byte. The limit has to hold one layer and what the rounding of some experts takes, so it cannot be much smaller.
 
 Measured: seconds, and the largest private memory (RssAnon) beyond that after importing, polled every 10 ms.
 """
@@ -196,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=200, help="MB of private memory beyond the interpreter's and libraries'")
     parser.add_argument("--times", type=float, default=4.0, help="bytes of the weights, as a multiple of the limit")
-    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--work", type=Path, help="directory for the models; a temporary one by default")

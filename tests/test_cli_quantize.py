@@ -45,19 +45,21 @@ def test_a_model_is_quantized_on_text(tiny_model_dir: Path, text: Path, tmp_path
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_a_plan_is_carried_out_without_text_too(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+def test_a_plan_is_carried_out_with_text_and_without(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     run("profile", tiny_model_dir, "--text", text, "--tokens", 200, "--seq-len", 64, "--out", tmp_path / "p.safetensors")
     make_plan(Profile.load_file(tmp_path / "p.safetensors"), "rq").save(tmp_path / "plan.json")
-    run("quantize", tiny_model_dir, "--plan", tmp_path / "plan.json", "--method", "rtn", "--out", tmp_path / "q")
-    assert load(tmp_path / "q").config.quantization_config.read_plan() == Plan.load_file(tmp_path / "plan.json")
+    on_text = ("--method", "gptq", "--text", text, "--tokens", 200, "--seq-len", 64)
+    for name, options in {"plain": (), "on text": on_text}.items():
+        run("apply", tiny_model_dir, tmp_path / "plan.json", *options, "--out", tmp_path / name)
+        config = load(tmp_path / name).config.quantization_config
+        assert config.read_plan() == Plan.load_file(tmp_path / "plan.json")
+        assert config.rounding["method"] == ("gptq" if options else "rtn")
 
 
 def test_options_without_effect_are_refused(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     model = ("quantize", tiny_model_dir, "--out", tmp_path / "q")
     with pytest.raises(EquipoiseError, match="--text is of no use"):
         run(*model, "--method", "rtn", "--text", text)
-    with pytest.raises(EquipoiseError, match="--precision is of no use"):
-        run(*model, "--plan", "x.json", "--precision", "int4")
     with pytest.raises(EquipoiseError, match="no text given"):
         run(*model)
 

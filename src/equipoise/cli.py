@@ -27,7 +27,7 @@ for command in (
     serving.simulate,
     serving.export,
     serving.payback,
-    measuring.apply,
+    quantizing.apply,
     quantizing.quantize,
     measuring.evaluate,
     whole.balance,

@@ -1,4 +1,4 @@
-"""Commands that run a model: profile, apply, evaluate."""
+"""Commands that measure a model: profile, evaluate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from equipoise.arguments import (
     Field,
     Json,
     Limit,
-    Model,
     Quiet,
     Scenario,
     Seed,
@@ -124,29 +123,6 @@ def profile(
     result.save(out)
     part.unlink(missing_ok=True)
     show(as_json, profile_rows(result), [*profile_tables(result), *notes], out)
-
-
-def apply(
-    model: Model,
-    plan: Annotated[Path, typer.Argument(help="a plan made for this model")],
-    out: Annotated[Path, typer.Option(help="directory to write the balanced model to")],
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
-    """Carry a plan out on a model and save the balanced model."""
-    from equipoise.artifacts import Plan
-    from equipoise.execution.apply import apply_plan, expert_bytes
-    from equipoise.execution.checkpoint import save_balanced
-    from equipoise.profiling.loading import load_model, load_tokenizer
-
-    decided = Plan.load_file(plan)
-    balanced = load_model(model, dtype=dtype, device=device)
-    before = expert_bytes(balanced)
-    save_balanced(apply_plan(balanced, decided), load_tokenizer(model), out)
-    after = expert_bytes(balanced)
-    rows = {"directory": str(out), "expert_bytes_before": before, "expert_bytes": after, "exactness": decided.exactness}
-    show(as_json, rows, [f"bytes of experts: {before:,} before, {after:,} after (measured from the tensors)"], out)
 
 
 def evaluate(

@@ -1,11 +1,11 @@
-"""The command `quantize`: a model's experts in few bits, rounded on text, layer by layer from the files."""
+"""Commands that change a model's experts, layer by layer from the files: apply a plan, or quantize all alike."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,78 +28,143 @@ from equipoise.arguments import (
     text_sources,
 )
 from equipoise.commands.show import show
+from equipoise.precisions import precision as precision_of
+
+if TYPE_CHECKING:
+    from equipoise.artifacts import ModelFacts, Plan
+
+
+Rounding = Annotated[str, typer.Option("--method", help="rounding: gptq, agq, agq2 or rtn-clip on text; rtn without")]
+RoundingTokens = Annotated[int, typer.Option("--tokens", help="tokens per scenario to round on")]
+Workers = Annotated[int | None, typer.Option(help="cores that round experts at the same time  [default: all]")]
+SpillTo = Annotated[Path | None, typer.Option(help="directory for the activations of the text, which stay in memory otherwise")]
+
+
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="a plan made for this model")],
+    out: Annotated[Path, typer.Option(help="directory to write the balanced model to")],
+    method: Rounding = "rtn",
+    text: TextOrSelf = None,
+    scenario: Scenario = None,
+    field: Field = "text",
+    tokens: RoundingTokens = 32768,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 4,
+    seed: Seed = 0,
+    options: Options = None,
+    workers: Workers = None,
+    spill: SpillTo = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Carry a plan out on a model and save the balanced model; with a method that rounds on text, give --text.
+
+    The model is read, rounded and written layer by layer, so it may be larger than memory. A run that is interrupted goes
+    on from the layers that it has finished.
+    """
+    from equipoise.artifacts import Plan
+
+    decided = Plan.load_file(plan)
+    _carry_out(
+        model, lambda facts: decided, out, method, text, scenario, field, tokens, seq_len, batch_size, seed, options, workers,
+        spill, device, dtype, as_json, quiet,
+    )  # fmt: skip
 
 
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="directory to write the quantized model to")],
     precision: Annotated[
-        str | None, typer.Option(help="format of all experts: int8, int4-g128, int3-g64-asym, fp8, ...  [default: int4-g32]")
-    ] = None,
-    plan: Annotated[Path | None, typer.Option(help="a plan made for this model, in place of one format for all")] = None,
-    method: Annotated[str, typer.Option(help="rounding: gptq, agq, agq2 or rtn-clip on text; rtn without")] = "gptq",
+        str, typer.Option(help="format of all experts: int8, int4-g128, int3-g64-asym, fp8, ...")
+    ] = "int4-g32",
+    method: Rounding = "gptq",
     text: TextOrSelf = None,
     scenario: Scenario = None,
     field: Field = "text",
-    tokens: Annotated[int, typer.Option(help="tokens per scenario to round on")] = 32768,
+    tokens: RoundingTokens = 32768,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
     seed: Seed = 0,
     options: Options = None,
-    workers: Annotated[int | None, typer.Option(help="cores that round experts at the same time  [default: all]")] = None,
-    spill: Annotated[
-        Path | None, typer.Option(help="directory for the activations of the text, which stay in memory otherwise")
-    ] = None,
+    workers: Workers = None,
+    spill: SpillTo = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Store a model's experts in few bits, rounded on what each of them is sent when text runs through the model.
+    """Store all of a model's experts in one format, rounded on what each of them is sent when text runs through the model.
 
     The model is read, rounded and written layer by layer, so it may be larger than memory. A run that is interrupted goes
     on from the layers that it has finished. The result loads as any balanced model.
     """
-    if plan is not None:
-        refuse_given("--plan says the format of every expert", {"--precision": precision})
+    from equipoise.planning.uniform import uniform_plan
+
+    _carry_out(
+        model, lambda facts: uniform_plan(facts, precision), out, method, text, scenario, field, tokens, seq_len, batch_size,
+        seed, options, workers, spill, device, dtype, as_json, quiet,
+    )  # fmt: skip
+
+
+def _carry_out(
+    model: str,
+    decide: Callable[[ModelFacts], Plan],
+    out: Path,
+    method: str,
+    text: list[str] | None,
+    scenario: list[str] | None,
+    field: str,
+    tokens: int,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    options: list[str] | None,
+    workers: int | None,
+    spill: Path | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from transformers import AutoConfig
+
     from equipoise.execution.layerwise import Calibration
     from equipoise.execution.streamed import apply_streamed
     from equipoise.models.layers import model_facts
     from equipoise.profiling.loading import load_model, load_tokenizer
     from equipoise.profiling.progress import ProgressBar
+    from equipoise.profiling.sequences import Framing, text_batches
     from equipoise.quantization.methods import METHODS
 
     tokenizer = load_tokenizer(model)
     calibration = None
     if METHODS.get(method).reads_hessian:
         documents = _texts(model, tokenizer, text, scenario, field, tokens, seq_len, seed, dtype, device, quiet)
-        batches = _batches(model, tokenizer, documents, tokens, seq_len, batch_size, seed)
+        framing = Framing.of(tokenizer, AutoConfig.from_pretrained(model, trust_remote_code=False))
+        batches = text_batches(documents, tokenizer, framing, tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed)
         calibration = Calibration(batches, method, assignments(options), workers or os.cpu_count() or 1, spill)
     else:
         refuse_given(f"method '{method}' does not look at text", {"--text": text, "--scenario": scenario, "--spill": spill})
     with ProgressBar(not quiet) as bar:
         bar.stage("reading all weights once", 1, "pass")
         streamed = load_model(model, dtype=dtype, device=device, memory=0)
-        decided = _plan(plan, precision, model_facts(streamed, model))
+        facts = model_facts(streamed, model)
+        decided = decide(facts)
         bar.stage("rounding", len(decided.layers), "MoE layers")
-        reports = apply_streamed(
-            streamed, tokenizer, decided, out, method=method, calibration=calibration, progress=lambda n, of: bar.set(n, of)
-        )
+        reports = apply_streamed(streamed, tokenizer, decided, out, method=method, calibration=calibration, progress=bar.set)
     rows = {
         "directory": str(out),
         "method": method,
         "text": calibration.record() if calibration else None,
+        "expert_bytes_before": sum(layer.num_experts * layer.expert_bytes(precision_of(facts.dtype)) for layer in facts.layers),
         "expert_bytes": int(decided.bytes_by_unit().sum()),
+        "exactness": decided.exactness,
         "layers": [_row(report) for report in reports],
     }
     show(as_json, rows, _tables(rows), out)
-
-
-def _plan(path: Path | None, precision: str | None, facts: Any) -> Any:
-    from equipoise.artifacts import Plan
-    from equipoise.planning.uniform import uniform_plan
-
-    return uniform_plan(facts, precision or "int4") if path is None else Plan.load_file(path)
 
 
 def _texts(
@@ -129,27 +194,6 @@ def _texts(
     return documents
 
 
-def _batches(
-    model: str,
-    tokenizer: Any,
-    documents: Mapping[str, Sequence[str]],
-    tokens: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-) -> list[Any]:
-    from transformers import AutoConfig
-
-    from equipoise.profiling.sequences import Framing, build_rows, make_batches
-
-    framing = Framing.of(tokenizer, AutoConfig.from_pretrained(model, trust_remote_code=False))
-    rows = [
-        build_rows(texts, tokenizer, framing, scenario=name, tokens=tokens, seq_len=seq_len, seed=seed)
-        for name, texts in documents.items()
-    ]
-    return [batch for part in rows for batch in make_batches(part, batch_size)]
-
-
 def _row(report: Mapping[str, Any]) -> dict[str, Any]:
     """One layer: its tokens, its experts with few of them, and the mean error of their outputs."""
     errors = [expert["output_error"] for expert in report["experts"] if expert["output_error"] is not None]
@@ -166,7 +210,7 @@ def _row(report: Mapping[str, Any]) -> dict[str, Any]:
 def _tables(rows: Mapping[str, Any]) -> list[Any]:
     from equipoise.reporting.style import new_table
 
-    tables: list[Any] = [f"bytes of experts: {rows['expert_bytes']:,}"]
+    tables: list[Any] = [f"bytes of experts: {rows['expert_bytes_before']:,} before, {rows['expert_bytes']:,} after"]
     if rows["layers"]:
         heads = ("tokens", "fewest of an expert", "experts with few", "output error")
         table = new_table(f"rounded by {rows['method']} (measured on the calibration text)", ["layer"], heads)
