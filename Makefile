@@ -3,6 +3,7 @@
 # make lint    ruff and mypy
 # make test-engines   plans, records and the plug-in inside real engines (vLLM on a CPU, SGLang's parser); its own environment
 # make bench   the benchmarks in benchmarks/, with the defaults their pages quote (but those that need environments of their own)
+# make peers   environments with llm-compressor and GPTQModel, for benchmarks/quantization_peers.py
 # Each target makes its own environment in .venv from constraints.txt; PYTHON=... picks the interpreter, WORKERS=2 tests on two cores.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 0
 ENGINES := .venv-engines
 
-.PHONY: demo test test-engines lint bench clean
+.PHONY: demo test test-engines lint bench peers clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,8 +43,15 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+PEERS := .venv-peers
+peers: $(PEERS)/llmcompressor/.installed $(PEERS)/gptqmodel/.installed
+$(PEERS)/%/.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/python -m pip install --quiet -r $<
+	touch $@
+
 bench: $(VENV)/.installed
 	@for script in $(filter-out $(addprefix benchmarks/,baselines.py joint_plan_page.py peers_page.py quantization_page.py quantization_peers.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(ENGINES) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) $(PEERS) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

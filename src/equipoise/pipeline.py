@@ -28,7 +28,7 @@ PRECISIONS = ("int8", "int4-g32", "int3-g32", "int2-g32")
 """Formats whose output error is measured, because plans choose among them."""
 SENSITIVITY_TOKENS = 512
 """Tokens on which it is measured how much each layer's error matters; at least one row of each scenario."""
-ROUNDING = "gptq"
+ROUNDING = "agq"
 
 Texts = Mapping[str, Sequence[str]]
 

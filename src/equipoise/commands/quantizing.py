@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from equipoise.artifacts import ModelFacts, Plan
 
 
-Rounding = Annotated[str, typer.Option("--method", help="rounding: gptq, agq, agq2 or rtn-clip on text; rtn without")]
+Rounding = Annotated[str, typer.Option("--method", help="rounding: agq, agq2, gptq or rtn-clip on text; rtn without")]
 RoundingTokens = Annotated[int, typer.Option("--tokens", help="tokens per scenario to round on")]
 Workers = Annotated[int | None, typer.Option(help="cores that round experts at the same time  [default: all]")]
 SpillTo = Annotated[Path | None, typer.Option(help="directory for the activations of the text, which stay in memory otherwise")]
@@ -80,7 +80,7 @@ def quantize(
     precision: Annotated[
         str, typer.Option(help="format of all experts: int8, int4-g128, int3-g64-asym, fp8, ...")
     ] = "int4-g32",
-    method: Rounding = "gptq",
+    method: Rounding = "agq",
     text: TextOrSelf = None,
     scenario: Scenario = None,
     field: Field = "text",

@@ -55,7 +55,7 @@ def balance(
     ] = None,
     options: Options = None,
     dispatch: Dispatch = "least_loaded",
-    rounding: Annotated[str, typer.Option(help="how METHOD's experts are rounded: gptq, agq, agq2, rtn-clip or rtn")] = "gptq",
+    rounding: Annotated[str, typer.Option(help="how METHOD's experts are rounded: agq, agq2, gptq, rtn-clip or rtn")] = "agq",
     tokens: Tokens = 8192,
     heldout_tokens: Annotated[int, typer.Option(help="tokens per scenario to judge on")] = 4096,
     task: Tasks = None,
