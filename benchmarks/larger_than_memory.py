@@ -135,7 +135,7 @@ def child(step: str, work: Path, limit: int) -> None:
     else:
         (work / "text.txt").write_text("\n\n".join(documents()))
         sys.argv = [
-            "equipoise", "quantize", model, "--out", str(work / step), "--precision", "int4-g32",
+            "equipoise", "quantize", model, "--out", str(work / step), "--precision", "int4-g32", "--method", "gptq",
             "--text", str(work / "text.txt"), "--tokens", str(TOKENS), "--seq-len", str(SEQ_LEN),
             "--workers", "1", "--spill", str(work / "spill"), "--json",
         ]  # fmt: skip
@@ -229,6 +229,7 @@ def main() -> None:
         moment = draw.uniform(0.05, 0.9) * straight["seconds"]
         killed = step("killed", must=False, kill_after=moment)
         if killed["exit"] != -9:
+            needed(killed)
             print("  (had finished before its kill)")
             shutil.rmtree(work / "killed")
     step("killed")
