@@ -43,6 +43,7 @@ def frontier_plot(
         )
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     except ImportError as error:
         raise EquipoiseError("plots need matplotlib: pip install equipoise[plots]; or use --json.") from error
     columns = min(3, len(models))
@@ -60,9 +61,18 @@ def frontier_plot(
             axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=f"{fraction:g} of the bytes")
         axis.axhline(mine[0]["lis_base"] - 1, color="grey", linewidth=0.8, linestyle="--", label="no plan")
         axis.set(title=model, xlabel=label, ylabel="LIS over units - 1", xscale="log", yscale="log")
-        axis.legend(fontsize="x-small")
+        for scale in (axis.xaxis, axis.yaxis):
+            # An axis may span less than a decade: powers of ten alone would leave it with one label.
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.set_minor_formatter(NullFormatter())
+        axis.tick_params(labelsize="small")
     for axis in axes[len(models) :]:
         axis.set_axis_off()
+    named = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), 3 * columns), fontsize="x-small"
+    )
     picture = io.BytesIO()
     figure.savefig(picture, format=ending, dpi=120)
     write_atomic(path, picture.getvalue())
