@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -69,3 +70,13 @@ def test_a_memory_limit_makes_a_model_streamed(tiny_model_dir: Path) -> None:
     streamed = load_model(str(tiny_model_dir), memory=10_000)
     assert any(p.is_meta for p in streamed.parameters())
     assert not streamed.training
+
+
+def test_a_profile_under_a_memory_limit_is_the_same(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--text", text, "--tokens", 200, "--seq-len", 64, "--precisions", "int4")
+    for name, limit in {"whole": (), "streamed": ("--memory", 0.00001)}.items():
+        run("profile", tiny_model_dir, *options, *limit, "--out", tmp_path / name)
+    whole, streamed = (Profile.load_file(tmp_path / name) for name in ("whole", "streamed"))
+    assert (streamed.counts == whole.counts).all()
+    assert streamed.model == whole.model
+    assert np.allclose(streamed.output_error["int4-g32"], whole.output_error["int4-g32"], rtol=1e-4)

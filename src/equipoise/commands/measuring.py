@@ -67,6 +67,9 @@ def profile(
     experts: Annotated[int | None, typer.Option(help="with --from: routed experts per layer, where no config tells")] = None,
     top_k: Annotated[int | None, typer.Option(help="with --from: experts per token, where no config tells")] = None,
     phase: Annotated[str, typer.Option(help="with --from: prefill or decode, where the records do not tell")] = "prefill",
+    memory: Annotated[
+        float | None, typer.Option(help="GB that weights may take; a larger model is read layer by layer  [default: no limit]")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -77,7 +80,7 @@ def profile(
     from equipoise.reporting.tables import profile_tables
 
     if engine is not None:
-        refuse_given("--from reads an engine's records", {"--text": text, "--calibration": calibration})
+        refuse_given("--from reads an engine's records", {"--text": text, "--calibration": calibration, "--memory": memory})
         from equipoise.engines.registry import read_records
 
         result = read_records(
@@ -99,7 +102,8 @@ def profile(
     documents = read(files, field)
     refuse_balanced(documents)
     watched = read({"calibration": [str(path) for path in calibration]}, field) if calibration else None
-    model, tokenizer = load_model(name, dtype=dtype, device=device), load_tokenizer(name)
+    limit = None if memory is None else int(memory * 1e9)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, memory=limit), load_tokenizer(name)
     notes = []
     if own:
         wanted: dict[str, Any] = {"sentences": -(-tokens // seq_len), "length": seq_len, "seed": seed, "progress": not quiet}
