@@ -29,6 +29,8 @@ PRECISIONS = ("int8", "int4-g32", "int3-g32", "int2-g32")
 SENSITIVITY_TOKENS = 512
 """Tokens on which it is measured how much each layer's error matters; at least one row of each scenario."""
 ROUNDING = "agq"
+ROUNDING_TOKENS = 2048
+"""Most tokens of a scenario that experts are rounded on: twice or four times as many gained little on the shelf."""
 
 Texts = Mapping[str, Sequence[str]]
 
@@ -196,7 +198,7 @@ def balance(
         plans[name].save(out / f"{name.replace(':', '-')}.plan.json")
     batches = text_batches(
         calibration or planned_from, tokenizer, Framing.of(tokenizer, base.config),
-        tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
+        tokens=min(tokens, ROUNDING_TOKENS), seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     contenders: dict[str, Any] = {}
     for name in plans:
