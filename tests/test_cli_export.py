@@ -89,6 +89,7 @@ def test_mistakes_are_one_line(here: Path, monkeypatch: pytest.MonkeyPatch, caps
         return mistake(monkeypatch, capsys, "export", *arguments, "--out", here / "out")
 
     plan, packed = here / "mixed.plan.json", ("--to", "compressed-tensors")
+    assert "does not exist" in said(here / "absent", *packed)
     assert "give --model DIR" in said(plan, *packed)
     assert "--round-per-layer" in said(plan, "--model", here / "original", *packed)
     assert "was balanced with another plan" in said(plan, "--model", here / "balanced", *packed)

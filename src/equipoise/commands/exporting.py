@@ -50,6 +50,8 @@ def export_model(
     from equipoise.execution.stock_source import Source
     from equipoise.profiling.progress import ProgressBar
 
+    if not plan.exists():
+        raise EquipoiseError(f"'{plan}' does not exist; give a plan, or the directory of a balanced model.")
     directory = model or (plan if plan.is_dir() else None)
     if directory is None:
         raise EquipoiseError(f"--to {kind} writes a model: give --model DIR (a balanced model, or the plan's original).")
