@@ -33,7 +33,7 @@ from equipoise.planning.budget import UnreachableError
 from equipoise.planning.methods import make_plan
 from equipoise.profiling.calibrate import profile
 from equipoise.profiling.loading import load_model, load_tokenizer
-from equipoise.profiling.sequences import Batch, Framing, build_rows, make_batches
+from equipoise.profiling.sequences import Batch, Framing, text_batches
 from equipoise.quantization.methods import METHODS
 from equipoise.reporting.frontier_plot import frontier_plot
 
@@ -96,11 +96,7 @@ def calibration(tested: Subject, seed: int, tokens: int) -> list[Batch]:
     """Batches for rounding on text, of the documents that are planned from."""
     model, tokenizer = load_model(tested.directory), load_tokenizer(tested.directory)
     framing = Framing.of(tokenizer, model.config)
-    rows = [
-        build_rows(documents, tokenizer, framing, scenario=name, tokens=tokens, seq_len=SEQ_LEN, seed=seed)
-        for name, documents in tested.planned.items()
-    ]
-    return [batch for part in rows for batch in make_batches(part, BATCH_ROWS)]
+    return text_batches(tested.planned, tokenizer, framing, tokens=tokens, seq_len=SEQ_LEN, batch_size=BATCH_ROWS, seed=seed)
 
 
 def judge(tested: Subject, seed: int, plans: Mapping[str, Plan], told: argparse.Namespace, mark: str) -> Evaluation:

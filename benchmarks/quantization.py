@@ -44,7 +44,7 @@ from equipoise.models.reference import demo_texts, reference_model_dir
 from equipoise.planning.uniform import uniform_plan
 from equipoise.profiling.loading import load_model, load_tokenizer
 from equipoise.profiling.self_sampled import self_texts
-from equipoise.profiling.sequences import Batch, Framing, Rows, build_rows, make_batches
+from equipoise.profiling.sequences import Batch, Framing, Rows, text_batches
 from equipoise.quantization.methods import METHODS
 
 REFERENCE = "reference"
@@ -141,11 +141,9 @@ def calibration(tested: Subject, cell: Cell, tokens: int) -> list[Batch]:
         documents = {domain: told for domain, told in tested.training.items() if half_of(domain) == cell.text}
     framing = Framing.of(tested.tokenizer, tested.model.config)
     share = tokens // len(documents)
-    rows = [
-        build_rows(told, tested.tokenizer, framing, scenario=name, tokens=share, seq_len=SEQ_LEN, seed=cell.seed)
-        for name, told in documents.items()
-    ]
-    return [batch for part in rows for batch in make_batches(part, BATCH_ROWS)]
+    return text_batches(
+        documents, tested.tokenizer, framing, tokens=share, seq_len=SEQ_LEN, batch_size=BATCH_ROWS, seed=cell.seed
+    )
 
 
 def measure(tested: Subject, cell: Cell, widths: Sequence[str], told: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from equipoise.lab.text import domain_documents
 from equipoise.models.layers import expert_matrices, find_moe_layers, observe
 from equipoise.precisions import precision
 from equipoise.profiling.forward import negative_log_likelihood, run_batch
-from equipoise.profiling.sequences import Batch, Framing, build_rows, make_batches
+from equipoise.profiling.sequences import Batch, Framing, text_batches
 from equipoise.quantization import hadamard
 from equipoise.quantization.gptq import gptq
 from equipoise.quantization.layer import quantize_experts
@@ -110,11 +110,7 @@ def perplexity(model: Any, batches: Sequence[Batch]) -> float:
 def batches_of(texts: Mapping[str, Sequence[str]], model: Any, tokenizer: Any, tokens: int, seed: int) -> list[Batch]:
     """Packed rows of every domain, `tokens` in all."""
     framing, share = Framing.of(tokenizer, model.config), tokens // len(texts)
-    rows = [
-        build_rows(documents, tokenizer, framing, scenario=name, tokens=share, seed=seed, layout="packed")
-        for name, documents in texts.items()
-    ]
-    return [batch for row in rows for batch in make_batches(row, 8)]
+    return text_batches(texts, tokenizer, framing, tokens=share, batch_size=8, seed=seed, layout="packed")
 
 
 def main() -> None:

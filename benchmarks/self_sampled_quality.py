@@ -27,7 +27,7 @@ from equipoise.models.layers import model_facts
 from equipoise.planning.uniform import uniform_plan
 from equipoise.profiling.forward import run_batch
 from equipoise.profiling.self_sampled import self_sampled
-from equipoise.profiling.sequences import IGNORED, Batch, Framing, build_rows, make_batches
+from equipoise.profiling.sequences import IGNORED, Batch, Framing, text_batches
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- self-sampled-quality: begin -->", "<!-- self-sampled-quality: end -->"
@@ -48,12 +48,8 @@ Texts = Mapping[str, Sequence[str]]
 def batches(texts: Texts, model: Any, tokenizer: Any, tokens: int, seed: int) -> list[Batch]:
     """Equal parts of every text, `tokens` in all."""
     framing = Framing.of(tokenizer, model.config)
-    found = []
-    for name, documents in texts.items():
-        part = tokens // len(texts)
-        rows = build_rows(documents, tokenizer, framing, scenario=name, tokens=part, seq_len=LENGTH, seed=seed)
-        found += make_batches(rows, ROWS)
-    return found
+    share = tokens // len(texts)
+    return text_batches(texts, tokenizer, framing, tokens=share, seq_len=LENGTH, batch_size=ROWS, seed=seed)
 
 
 def predictions(model: Any, judged: Sequence[Batch]) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ from equipoise.precisions import precision as precision_of
 
 if TYPE_CHECKING:
     from equipoise.artifacts import ModelFacts, Plan
+    from equipoise.execution.layerwise import Calibration
 
 
 Rounding = Annotated[str, typer.Option("--method", help="rounding: agq, agq2, gptq or rtn-clip on text; rtn without")]
@@ -68,10 +70,9 @@ def apply(
     from equipoise.artifacts import Plan
 
     decided = Plan.load_file(plan)
-    _carry_out(
-        model, lambda facts: decided, out, method, text, scenario, field, tokens, seq_len, batch_size, seed, options, workers,
-        spill, device, dtype, as_json, quiet,
-    )  # fmt: skip
+    rows = _Text(text, scenario, field, tokens, seq_len, batch_size, seed)
+    calibration = _calibration(model, method, rows, assignments(options), workers, spill, device, dtype, quiet)
+    _carry_out(model, lambda facts: decided, out, method, calibration, device, dtype, as_json, quiet)
 
 
 def quantize(
@@ -103,10 +104,63 @@ def quantize(
     """
     from equipoise.planning.uniform import uniform_plan
 
-    _carry_out(
-        model, lambda facts: uniform_plan(facts, precision), out, method, text, scenario, field, tokens, seq_len, batch_size,
-        seed, options, workers, spill, device, dtype, as_json, quiet,
+    rows = _Text(text, scenario, field, tokens, seq_len, batch_size, seed)
+    calibration = _calibration(model, method, rows, assignments(options), workers, spill, device, dtype, quiet)
+    _carry_out(model, lambda facts: uniform_plan(facts, precision), out, method, calibration, device, dtype, as_json, quiet)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What text to round on: files or the model's own, and how much of it."""
+
+    text: list[str] | None
+    scenario: list[str] | None
+    field: str
+    tokens: int
+    seq_len: int
+    batch_size: int
+    seed: int
+
+
+def _calibration(
+    model: str,
+    method: str,
+    told: _Text,
+    options: dict[str, Any],
+    workers: int | None,
+    spill: Path | None,
+    device: str,
+    dtype: str,
+    quiet: bool,
+) -> Calibration | None:
+    """The text of a method that rounds on text; None for one that does not, which is then given none."""
+    from equipoise.quantization.methods import METHODS
+
+    if not METHODS.get(method).reads_hessian:
+        given = {"--text": told.text, "--scenario": told.scenario, "--spill": spill, "--set": options or None}
+        refuse_given(f"method '{method}' does not look at text", given)
+        return None
+    from transformers import AutoConfig
+
+    from equipoise.execution.layerwise import Calibration
+    from equipoise.profiling.loading import load_model, load_tokenizer
+    from equipoise.profiling.self_sampled import self_texts
+    from equipoise.profiling.sequences import Framing, text_batches
+
+    tokenizer = load_tokenizer(model)
+    own, files = text_sources(told.text, told.scenario)
+    documents = read(files, told.field)
+    if own:
+        # Token by token, a model that is read layer by layer would be read once for each token.
+        whole = load_model(model, dtype=dtype, device=device)
+        sentences = -(-told.tokens // told.seq_len)
+        documents |= self_texts(whole, tokenizer, sentences=sentences, length=told.seq_len, seed=told.seed, progress=not quiet)
+    framing = Framing.of(tokenizer, AutoConfig.from_pretrained(model, trust_remote_code=False))
+    batches = text_batches(
+        documents, tokenizer, framing,
+        tokens=told.tokens, seq_len=told.seq_len, batch_size=told.batch_size, seed=told.seed,
     )  # fmt: skip
+    return Calibration(batches, method, options, workers or os.cpu_count() or 1, spill)
 
 
 def _carry_out(
@@ -114,47 +168,27 @@ def _carry_out(
     decide: Callable[[ModelFacts], Plan],
     out: Path,
     method: str,
-    text: list[str] | None,
-    scenario: list[str] | None,
-    field: str,
-    tokens: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    options: list[str] | None,
-    workers: int | None,
-    spill: Path | None,
+    calibration: Calibration | None,
     device: str,
     dtype: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from transformers import AutoConfig
-
-    from equipoise.execution.layerwise import Calibration
+    """Open the model to be read layer by layer, put the plan on it, and show what is known of the rounding."""
     from equipoise.execution.streamed import apply_streamed
     from equipoise.models.layers import model_facts
     from equipoise.profiling.loading import load_model, load_tokenizer
     from equipoise.profiling.progress import ProgressBar
-    from equipoise.profiling.sequences import Framing, text_batches
-    from equipoise.quantization.methods import METHODS
 
-    tokenizer = load_tokenizer(model)
-    calibration = None
-    if METHODS.get(method).reads_hessian:
-        documents = _texts(model, tokenizer, text, scenario, field, tokens, seq_len, seed, dtype, device, quiet)
-        framing = Framing.of(tokenizer, AutoConfig.from_pretrained(model, trust_remote_code=False))
-        batches = text_batches(documents, tokenizer, framing, tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed)
-        calibration = Calibration(batches, method, assignments(options), workers or os.cpu_count() or 1, spill)
-    else:
-        refuse_given(f"method '{method}' does not look at text", {"--text": text, "--scenario": scenario, "--spill": spill})
     with ProgressBar(not quiet) as bar:
         bar.stage("reading all weights once", 1, "pass")
         streamed = load_model(model, dtype=dtype, device=device, memory=0)
         facts = model_facts(streamed, model)
         decided = decide(facts)
         bar.stage("rounding", len(decided.layers), "MoE layers")
-        reports = apply_streamed(streamed, tokenizer, decided, out, method=method, calibration=calibration, progress=bar.set)
+        reports = apply_streamed(
+            streamed, load_tokenizer(model), decided, out, method=method, calibration=calibration, progress=bar.set
+        )
     rows = {
         "directory": str(out),
         "method": method,
@@ -165,33 +199,6 @@ def _carry_out(
         "layers": [_row(report) for report in reports],
     }
     show(as_json, rows, _tables(rows), out)
-
-
-def _texts(
-    model: str,
-    tokenizer: Any,
-    text: list[str] | None,
-    scenario: list[str] | None,
-    field: str,
-    tokens: int,
-    seq_len: int,
-    seed: int,
-    dtype: str,
-    device: str,
-    quiet: bool,
-) -> dict[str, list[str]]:
-    """The documents of the files given, and those that the model writes itself."""
-    own, files = text_sources(text, scenario)
-    documents = read(files, field)
-    if own:
-        from equipoise.profiling.loading import load_model
-        from equipoise.profiling.self_sampled import self_texts
-
-        # Token by token, a model that is read layer by layer would be read once for each token.
-        whole = load_model(model, dtype=dtype, device=device)
-        sentences = -(-tokens // seq_len)
-        documents |= self_texts(whole, tokenizer, sentences=sentences, length=seq_len, seed=seed, progress=not quiet)
-    return documents
 
 
 def _row(report: Mapping[str, Any]) -> dict[str, Any]:

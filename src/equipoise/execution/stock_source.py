@@ -75,11 +75,12 @@ class Source:
         balanced = quantization is not None and quantization.get("quant_method") == METHOD
         if quantization is not None and not balanced:
             raise CheckpointError(f"'{directory}' is quantized ({quantization.get('quant_method')}); give the original.")
-        if balanced and EquipoiseConfig(**quantization).rotated:
+        own = EquipoiseConfig(**quantization) if balanced else None
+        if own is not None and own.rotated:
             raise CheckpointError(
                 f"'{directory}' stores experts rotated, which a stock checkpoint cannot say; round the model without rotate."
             )
-        self.plan = _plan(self.directory, EquipoiseConfig(**quantization).read_plan() if balanced else None, plan)
+        self.plan = _plan(self.directory, None if own is None else own.read_plan(), plan)
         self.model: PreTrainedModel = skeleton(self.directory)
         self.layers = find_moe_layers(self.model)
         _check(self.plan, self.model, self.layers, self.directory)

@@ -259,6 +259,7 @@ def text_batches(
     seq_len: int = 512,
     batch_size: int = 4,
     seed: int = 0,
+    layout: str = "documents",
 ) -> list[Batch]:
     """Forward passes over excerpts of each scenario, chosen as by `build_rows`.
 
@@ -270,12 +271,13 @@ def text_batches(
         seq_len: longest row, in tokens.
         batch_size: rows of one pass.
         seed: order of documents and excerpts.
+        layout: "documents" or "packed".
 
     Raises:
         TextError: as `build_rows` and `make_batches`.
     """
     rows = [
-        build_rows(documents, tokenizer, framing, scenario=name, tokens=tokens, seq_len=seq_len, seed=seed)
+        build_rows(documents, tokenizer, framing, scenario=name, tokens=tokens, seq_len=seq_len, seed=seed, layout=layout)
         for name, documents in texts.items()
     ]
     return [batch for part in rows for batch in make_batches(part, batch_size)]

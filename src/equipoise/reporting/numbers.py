@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 
 
-def fixed(value: float | None, digits: int = 3) -> str:
+def fixed(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     """A number with so many digits after the point; "-" where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return "-" if value is None or not math.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+def percent(value: float | None, digits: int = 1, *, sign: bool = False, unit: str = " %") -> str:
     """A fraction in per cent; "-" where there is none."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{round(100 * value, digits) + 0.0:{'+' if sign else ''}.{digits}f} %"  # + 0.0: no minus before a zero
+    return f"{round(100 * value, digits) + 0.0:{'+' if sign else ''}.{digits}f}{unit}"  # + 0.0: no minus before a zero
 
 
-def bytes_text(count: float) -> str:
-    """Bytes in the largest binary unit that leaves at least one."""
+def bytes_text(count: float | None) -> str:
+    """Bytes in the largest binary unit that leaves at least one; "-" where there are none to tell."""
+    if count is None:
+        return "-"
     size, unit = binary_unit(count)
     return f"{count:.0f} B" if unit == "B" else f"{count / size:.2f} {unit}"
 

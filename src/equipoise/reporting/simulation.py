@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from equipoise.reporting.numbers import bytes_text, percent
 from equipoise.reporting.style import new_table
 
 Rows = Mapping[str, Any]
@@ -76,14 +77,14 @@ def _between(title: str, part: Rows, nodes: int) -> Table:
     table = new_table(title, ["plan"], [*columns, *(["other node"] if far else []), "weights sent", "bytes moved"])
     for r in part["results"]:
         far_cells = [f"{r['node_sends']:.3f}"] if far else []
-        hops = [_percent(r["rank_hops"]), *([_percent(r["node_hops"])] if far else [])]
+        hops = [percent(r["rank_hops"], unit="%"), *([percent(r["node_hops"], unit="%")] if far else [])]
         table.add_row(
             escape(r["name"]),
             f"{r['rank_sends']:.3f}",
             *far_cells,
             *hops,
             f"{r['weights_moved']:.1f}",
-            _bytes(r["bytes_moved"]),
+            bytes_text(r["bytes_moved"]),
         )
     return table
 
@@ -95,7 +96,7 @@ def _ranks(title: str, part: Rows) -> Table:
         for label, values, show in (
             ("pairs", r["ranks"]["tokens"], lambda v: f"{v:,.0f}"),
             ("replicas", r["ranks"]["activated"], lambda v: f"{v:,.1f}"),
-            ("bytes read", r["ranks"]["bytes"], _bytes),
+            ("bytes read", r["ranks"]["bytes"], bytes_text),
         ):
             if values is None:
                 continue
@@ -107,18 +108,3 @@ def _ranks(title: str, part: Rows) -> Table:
 
 def _time(value: float) -> str:
     return f"{value:.3f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def _bytes(count: float | None) -> str:
-    if count is None:
-        return "-"
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"

@@ -6,6 +6,7 @@ Every table says whether its figures were measured or predicted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import RenderableType
@@ -14,12 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from equipoise.artifacts import Evaluation, Plan, Profile
+from equipoise.reporting.numbers import bytes_text, fixed, percent
 from equipoise.reporting.placement import placement_tables
 from equipoise.reporting.rows import Rows, evaluation_rows, plan_rows, profile_rows
 from equipoise.reporting.style import new_table
 
 RAW = "raw"
 """How tables call the model as it was."""
+_percent = partial(percent, unit="%")  # columns are narrow
 MOST_WINDOWS = 12
 """Windows that a table shows at most; the others are skipped evenly."""
 
@@ -52,8 +55,8 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
             escape(row["scenario"]),
             f"{row['tokens']:,}",
             _percent(row["decode_share"]),
-            _fixed(row["lis_mean"]),
-            _fixed(row["lis_max"]),
+            fixed(row["lis_mean"]),
+            fixed(row["lis_max"]),
         )
     out.append(scenarios)
     if rows["windows"]:
@@ -64,8 +67,8 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
                 escape(row["scenario"]),
                 str(row["window"]),
                 f"{row['selections']:,}",
-                _fixed(row["lis_instantaneous"]),
-                _fixed(row["lis_cumulative"]),
+                fixed(row["lis_instantaneous"]),
+                fixed(row["lis_cumulative"]),
             )
         out.append(windows)
     if rows["importance"]:
@@ -73,7 +76,7 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
         _columns(importance, ["rank correlation", "heaviest = most important"])
         for row in rows["importance"]:
             coincide = f"{row['layers_whose_heaviest_is_most_important']} of {row['layers']} layers"
-            importance.add_row(escape(row["estimator"]), _fixed(row["rank_correlation_with_load"], sign=True), coincide)
+            importance.add_row(escape(row["estimator"]), fixed(row["rank_correlation_with_load"], sign=True), coincide)
         out.append(importance)
     return out
 
@@ -83,25 +86,25 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
     rows = plan_rows(plan)
     if plan.predicted is not None and plan.predicted.layers:
         return placement_tables(rows)
-    units = f"{rows['units']} units of {_bytes(rows['unit_bytes'])}"
+    units = f"{rows['units']} units of {bytes_text(rows['unit_bytes'])}"
     policy = f"{rows['method']}, {units}, dispatch {rows['dispatch']}, class {rows['exactness']}"
     out: list[RenderableType] = [_head("plan for", rows["model"], policy)]
     predicted = rows["predicted"]
     if predicted:
         table = new_table("on the profile it was made from (predicted)", ["figure"])
         _columns(table, ["value"])
-        table.add_row("LIS over units without the plan", _fixed(predicted["lis_raw"]))
-        table.add_row("LIS over units", f"{_fixed(predicted['lis'])} (worst layer {_fixed(predicted['lis_max'])})")
-        table.add_row("proven lower bound", f"{_fixed(predicted['lower_bound'])} (gap {_fixed(predicted['gap'])})")
-        table.add_row("LIS as the paper counts", _fixed(predicted["lis_paper"]))
+        table.add_row("LIS over units without the plan", fixed(predicted["lis_raw"]))
+        table.add_row("LIS over units", f"{fixed(predicted['lis'])} (worst layer {fixed(predicted['lis_max'])})")
+        table.add_row("proven lower bound", f"{fixed(predicted['lower_bound'])} (gap {fixed(predicted['gap'])})")
+        table.add_row("LIS as the paper counts", fixed(predicted["lis_paper"]))
         error = predicted["output_error"]
         proven = predicted["least_error"]
         least = "" if proven is None else f" (proven least with these copies: {proven:.3g})"
         table.add_row("relative output error", "not measured" if error is None else f"{error:.3g}{least}")
         if predicted["kl"] is not None:
             table.add_row("KL divergence, nats per token", f"{predicted['kl']:.2g}")
-        table.add_row("bytes of all slots", f"{_bytes(predicted['bytes'])} of {_bytes(predicted['budget_bytes'])}")
-        table.add_row("overrun of the fullest unit", _bytes(predicted["overrun_bytes"]))
+        table.add_row("bytes of all slots", f"{bytes_text(predicted['bytes'])} of {bytes_text(predicted['budget_bytes'])}")
+        table.add_row("overrun of the fullest unit", bytes_text(predicted["overrun_bytes"]))
         out.append(table)
     layers = new_table("slots of each layer (decided)", ["layer", "slots/E"])
     _columns(layers, ["copied", "most"])
@@ -111,7 +114,7 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         most = "-" if row["most_copied"] is None else f"{row['most_copied']} x{row['most_copies']}"
         formats = ", ".join(f"{n} {name}" for name, n in row["precisions"].items())
         slots = f"{row['slots']}/{row['experts']}"
-        layers.add_row(str(row["layer"]), slots, str(row["copied_experts"]), most, formats, _bytes(row["bytes"]))
+        layers.add_row(str(row["layer"]), slots, str(row["copied_experts"]), most, formats, bytes_text(row["bytes"]))
     out.append(layers)
     return out
 
@@ -124,7 +127,7 @@ def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:
     out: list[RenderableType] = [Text.from_markup(f"[bold]{head}[/bold]")]
     sizes = new_table("experts in memory (measured from the tensors)", ["model", "method", "class"])
     _columns(sizes, ["bytes", "of raw", "seconds"])
-    sizes.add_row(RAW, "-", "-", _bytes(rows["base_expert_bytes"]), _percent(1.0), f"{rows['base_seconds']:.1f}")
+    sizes.add_row(RAW, "-", "-", bytes_text(rows["base_expert_bytes"]), _percent(1.0), f"{rows['base_seconds']:.1f}")
     for c in contenders:
         size = _percent(c["bytes_of_base"])
         promise = {True: " (kept)", False: " (BROKEN)", None: ""}[c["promise_kept"]]
@@ -132,7 +135,7 @@ def evaluation_tables(evaluation: Evaluation) -> list[RenderableType]:
             escape(c["name"]),
             c["plan_method"],
             c["exactness"] + promise,
-            _bytes(c["expert_bytes"]),
+            bytes_text(c["expert_bytes"]),
             size,
             f"{c['seconds']:.1f}",
         )
@@ -152,7 +155,7 @@ def _conclusion(contender: Rows) -> Text:
         "" if gone is None else f", {_percent(abs(gone))} {'of the' if gone >= 0 else 'more'} imbalance{' gone' * (gone >= 0)}"
     )
     return Text.from_markup(
-        f"[bold]{escape(contender['name'])}[/bold]: LIS {_fixed(text['lis_base'])} -> {_fixed(text['lis'])}{verdict}; "
+        f"[bold]{escape(contender['name'])}[/bold]: LIS {fixed(text['lis_base'])} -> {fixed(text['lis'])}{verdict}; "
         f"{_percent(contender['bytes_of_base'])} of the bytes; perplexity {100 * change['value']:+.2f} % "
         f"({100 * change['low']:+.2f}..{100 * change['high']:+.2f})"
     )
@@ -162,7 +165,7 @@ def _text_table(index: int, contenders: Sequence[Rows]) -> Table:
     first = contenders[0]["texts"][index]
     table = new_table(f"text {escape(first['name'])}: {first['tokens']:,} predicted tokens (measured)", ["model"])
     _columns(table, ["ppl", "change %", "KL, nats", "top-1 %", "LIS", "paper"])
-    table.add_row(RAW, f"{first['perplexity_base']:.3f}", "", "", "", _fixed(first["lis_base"]), "")
+    table.add_row(RAW, f"{first['perplexity_base']:.3f}", "", "", "", fixed(first["lis_base"]), "")
     for c in contenders:
         text = c["texts"][index]
         table.add_row(
@@ -171,8 +174,8 @@ def _text_table(index: int, contenders: Sequence[Rows]) -> Table:
             _interval(text["perplexity_change"], 100, "+.2f"),
             _interval(text["kl"], 1, ".4f" if text["kl"]["value"] >= 1e-3 else ".1e"),
             _interval(text["top1_agreement"], 100, ".1f"),
-            _fixed(text["lis"]),
-            _fixed(text["lis_paper"]),
+            fixed(text["lis"]),
+            fixed(text["lis_paper"]),
         )
     return table
 
@@ -187,9 +190,9 @@ def _task_table(contenders: Sequence[Rows]) -> Table:
             table.add_row(
                 f"{escape(task['name'])}\n{task['metric'].split(',')[0]}, {task['items']:,}" if first else "",
                 escape(c["name"]),
-                _fixed(mine["lis_base"]),
-                _fixed(mine["lis"]),
-                _fixed(mine["lis_paper"]),
+                fixed(mine["lis_base"]),
+                fixed(mine["lis"]),
+                fixed(mine["lis_paper"]),
                 f"{100 * mine['score_base']:.1f}",
                 f"{100 * mine['score']:.1f}",
                 _interval(mine["difference"], 100, "+.1f"),
@@ -210,29 +213,12 @@ def _columns(table: Table, names: Iterable[str]) -> None:
 
 
 def _metrics(row: Rows) -> list[str]:
-    return [_fixed(row[name]) for name in ("lis", "maxvio", "balancedness", "gini", "cv")]
-
-
-def _fixed(value: float | None, *, sign: bool = False) -> str:
-    return "-" if value is None else f"{value:{'+' if sign else ''}.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
+    return [fixed(row[name]) for name in ("lis", "maxvio", "balancedness", "gini", "cv")]
 
 
 def _interval(interval: dict[str, Any], scale: float, spec: str) -> str:
     value, low, high = (format(scale * interval[key], spec) for key in ("value", "low", "high"))
     return f"{value}\n{low}..{high}"
-
-
-def _bytes(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def _evenly(rows: Sequence[Rows], most: int) -> list[Rows]:
