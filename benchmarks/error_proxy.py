@@ -9,7 +9,7 @@ planner has to tell apart. Spearman's rank correlation of predicted error and me
 the 95 % interval of a bootstrap over plans, for
 
     plain        sum over experts of the relative squared error of their layer's output
-    weighted     the same, layers weighted by their measured sensitivity: what `rq` minimises
+    weighted     the same, experts weighted by their measured sensitivity: what `rq` minimises
     frequency    frequency x gate weight x change of output, the objective of Mixture Compressor
     bits         the mean of the bits, which a uniform rule goes by
 
@@ -52,6 +52,10 @@ BOOTSTRAPS = 2000
 HEAD = (
     "| model | plans | proxy | rank correlation with KL | 95 % interval | KL, nats |",
     "|---|---|---|---:|---|---|",
+)
+SCALE_HEAD = (
+    "| model | plans | measured over predicted KL, median | 10th to 90th percentile |",
+    "|---|---|---:|---|",
 )
 
 
@@ -142,26 +146,32 @@ def run(name: str, told: argparse.Namespace) -> dict[str, Any]:
         bits = [random_bits(kind, made.widths, len(budget.precisions), rng) for _ in range(told.plans)]
         said = [proxies(made, budget, option_LE) for option_LE in bits]
         kl = divergences(base, [plan_of_bits(uniform, budget, option_LE) for option_LE in bits], rows)
-        found[kind] = {"proxies": {name: [one[name] for one in said] for name in said[0]}, "kl": kl}
+        found[kind] = {
+            "proxies": {name: [one[name] for one in said] for name in said[0]},
+            "predicted_kl": [budget.nats * one["weighted"] for one in said],
+            "kl": kl,
+        }
     write_atomic(path, json.dumps(found))
     return found
 
 
 def page(results: Mapping[str, Mapping[str, Any]], told: argparse.Namespace) -> str:
     """The table."""
-    lines = list(HEAD)
+    lines, scales = list(HEAD), []
     for name, found in results.items():
         for kind in KINDS:
             kl = np.array(found[kind]["kl"])
+            low, middle, high = np.percentile(kl / np.array(found[kind]["predicted_kl"]), (10, 50, 90))
+            scales.append(f"| `{name}` | {kind} | {middle:.2f} | {low:.2f}..{high:.2f} |")
             for proxy, values in found[kind]["proxies"].items():
                 value, low, high = correlation(np.array(values), kl)
                 said = ("-", "-") if np.isnan(value) else (f"{value:.3f}", f"{low:.3f}..{high:.3f}")
                 lines.append(f"| `{name}` | {kind} | {proxy} | {said[0]} | {said[1]} | {kl.min():.4f}..{kl.max():.4f} |")
     used = ", ".join(precision(p).name for p in ("bf16", *PRECISIONS))
-    return "\n".join(
-        [*lines, "", f"{told.plans} plans each of {used}; {told.heldout_tokens:,} held-out tokens of each domain; "
-         f"torch {torch.__version__}."]
-    )  # fmt: skip
+    told_how = (
+        f"{told.plans} plans each of {used}; {told.heldout_tokens:,} held-out tokens of each domain; torch {torch.__version__}."
+    )
+    return "\n".join([*lines, "", *SCALE_HEAD, *scales, "", told_how])
 
 
 def main() -> None:
@@ -173,7 +183,7 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=40, help="of each kind")
     parser.add_argument("--tokens", type=int, default=4096, help="of each domain, to measure errors on")
     parser.add_argument("--heldout-tokens", type=int, default=1024, help="of each domain, to measure the divergence on")
-    parser.add_argument("--sensitivity-tokens", type=int, default=2560)
+    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
     parser.add_argument("--write", type=Path, default=None, help="Markdown file whose marked part is replaced")
     told = parser.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)

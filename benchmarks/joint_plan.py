@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("tune", "report"), default="report")
     parser.add_argument("--tokens", type=int, default=4096, help="of each domain, to plan from")
     parser.add_argument("--heldout-tokens", type=int, default=4096, help="of each domain, to judge on")
-    parser.add_argument("--sensitivity-tokens", type=int, default=2560)
+    parser.add_argument("--sensitivity-tokens", type=int, default=8192)
     parser.add_argument("--rounding", default="agq", help="quantization method of all plans but the published one")
     parser.add_argument("--rounding-tokens", type=int, default=2048, help="of each domain, for rounding on text")
     parser.add_argument("--seeds", type=int, default=1)

@@ -12,6 +12,7 @@ from equipoise.errors import PlanError
 from equipoise.metrics import lis
 from equipoise.planning.budget import UnreachableError
 from equipoise.planning.methods import make_plan
+from equipoise.precisions import precision
 from planning.cases import loads, make_profile, skewed
 
 ERRORS = {"int8": 0.01, "int4-g32": 0.08}
@@ -141,13 +142,26 @@ def test_fewer_bits_than_four_are_used_where_bytes_are_short():
 
 def test_sensitive_layers_keep_more_bits_and_the_divergence_is_predicted():
     plain = make_profile(skewed(4, layers=4), error=ERRORS)
-    weighted = replace(plain, sensitivity=np.array([10.0, 1.0, 1.0, 1.0]))
+    weighted = replace(plain, sensitivity=np.repeat([[10.0], [1.0], [1.0], [1.0]], 8, 1))
     plans = [make_plan(p, error_bound=0.03, bytes_fraction=0.7) for p in (plain, weighted)]
     first = [sum(s * plain.relative_error(q)[0, e] for e, q, s in zip(plan.layers[0].experts, plan.layers[0].precisions,
              plan.layers[0].shares, strict=True) if q != "bf16") for plan in plans]  # fmt: skip
     assert first[1] < 0.5 * first[0]
     assert plans[0].predicted.kl is None
     assert plans[1].predicted.kl == pytest.approx(plans[1].predicted.output_error ** 2 * 4 * 13 / 4)
+
+
+def test_sensitive_experts_of_a_layer_keep_more_bits():
+    plain = make_profile(skewed(4, layers=4), error=ERRORS)
+    careful = np.ones((4, 8))
+    careful[:, ::2] = 10.0
+    plan = make_plan(replace(plain, sensitivity=careful), error_bound=0.03, bytes_fraction=0.7)
+    bits = np.zeros(2)
+    for layer in plan.layers:
+        for expert, form in zip(layer.experts, layer.precisions, strict=True):
+            bits[expert % 2] += precision(form).bits
+    slots = np.bincount([expert % 2 for layer in plan.layers for expert in layer.experts])
+    assert bits[0] / slots[0] > bits[1] / slots[1] + 1
 
 
 def test_bits_by_frequency_never_beat_bits_by_error():

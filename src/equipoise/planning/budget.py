@@ -37,13 +37,13 @@ class Budget:
         precisions: the Q formats that a slot may have, from most to fewest bytes.
         sizes: [L, Q] bytes of one expert of each layer in each format, scales counted.
         errors: [L, E, Q] relative squared error of the layer's routed output if that expert alone is stored so, times the
-            layer's weight.
+            expert's weight.
         measured: Q booleans: False for an integer format that the profile did not measure, so that its error is assumed
             from its bits. What a float format rounds away is known, and counts as measured.
         units: parallel units U of every layer.
         unit_bytes: what one unit holds at most, over all layers together.
-        nats: what a weighted error of 1 in one layer adds to the KL divergence of the model's predictions; nan when the
-            profile did not measure how sensitive layers are, and all weights are 1.
+        nats: what a weighted error of 1 adds to the KL divergence of the model's predictions; nan when the
+            profile did not measure the experts' sensitivity, and all weights are 1.
     """
 
     precisions: tuple[Precision, ...]
@@ -113,8 +113,8 @@ def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: fl
 
     Errors are the profile's measured `output_error` where it has them, else `assumed_error` shared among experts by
     their part of the gate mass (or of the load when no gate mass was recorded). An expert that was never seen is
-    treated as if seen once, so that it is not thought free to damage. Layers whose measured sensitivity is higher weigh
-    more; the weights have a mean of 1.
+    treated as if seen once, so that it is not thought free to damage. Experts whose measured sensitivity is higher weigh
+    more; the mean over layers of what a unit of error weighs there is 1.
 
     Args:
         profile: loads, and measured errors and sensitivity when it has them.
@@ -141,8 +141,8 @@ def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: fl
     bytes_LQ = np.array([[layer.expert_bytes(p) for p in forms] for layer in model.layers], np.int64)
     errors, measured = zip(*(_error(profile, form) for form in forms), strict=True)
     capacity = unit_capacity(model, units, fraction, precision(reference) if reference else None)
-    weight_L, nats = _weights(profile)
-    weighted = weight_L[:, None, None] * np.stack(errors, -1)
+    weight_LE, nats = _weights(profile, errors[-1])
+    weighted = weight_LE[:, :, None] * np.stack(errors, -1)
     budget = Budget(tuple(forms), bytes_LQ, weighted, tuple(measured), units, capacity, nats)
     least = int((profile.widths * bytes_LQ.min(1)).sum())
     if least > budget.total_bytes:
@@ -154,12 +154,18 @@ def make_budget(profile: Profile, units: int, names: Sequence[str], fraction: fl
     return budget
 
 
-def _weights(profile: Profile) -> tuple[Floats, float]:
-    """[L] weight of each layer's error, of mean 1, and the nats of KL divergence that a weighted error of 1 stands for."""
-    nats_L = profile.sensitivity
-    if not nats_L.size or not nats_L.sum() > 0:
-        return np.ones(len(profile.model.layers)), math.nan
-    return nats_L / nats_L.mean(), float(nats_L.mean())
+def _weights(profile: Profile, error_LE: Floats) -> tuple[Floats, float]:
+    """[L, E] weight of each expert's error, and the nats of KL divergence that a weighted error of 1 stands for.
+
+    Args:
+        profile: with sensitivity or without.
+        error_LE: how a layer's error is spread over its experts.
+    """
+    nats_LE = profile.sensitivity
+    if not nats_LE.size or not nats_LE.sum() > 0:
+        return np.ones(error_LE.shape), math.nan
+    nats_L = (nats_LE * error_LE).sum(1) / np.maximum(error_LE.sum(1), 1e-300)
+    return nats_LE / nats_L.mean(), float(nats_L.mean())
 
 
 def _error(profile: Profile, form: Precision) -> tuple[Floats, bool]:
