@@ -19,12 +19,12 @@ from planning_traces import data_root, make_profile
 from planning_traces import load_trace as load_counts
 
 from equipoise.artifacts import ModelFacts, Profile
+from equipoise.dispatch.metro import exact_hosts, greedy_hosts
+from equipoise.dispatch.placement import layer_maps
 from equipoise.planning.cost import CostModel, PairCost
 from equipoise.planning.eplb import eplb
 from equipoise.planning.latency_tables import cost_model
 from equipoise.simulation import RULES, Trace, load_trace, simulate
-from equipoise.simulation.metro import exact_hosts, greedy_hosts
-from equipoise.simulation.placement import layer_maps
 from equipoise.simulation.trace import batches_of
 
 TABLE = "aiconfigurator_moe_latency/h100_sxm_moe_trtllm_1.3.0rc20_moe_perf.parquet"

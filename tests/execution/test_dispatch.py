@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.artifacts import LayerPlan
+from equipoise.dispatch.flow import spread_evenly
 from equipoise.execution.dispatch import Copies, even, gate_aware, least_loaded
-from equipoise.execution.flow import spread_evenly
 
 # Expert 0: three copies of which slot 4 has the fewest bits; expert 1: two; expert 2: one.
 PLAN = LayerPlan(

@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
+from dispatch.cases import EXPERT_BYTES, WIDTH, make_model, make_plan, random_ids
+from equipoise.dispatch.choice import RULES, choose
+from equipoise.dispatch.placement import layer_maps
 from equipoise.planning.cost import ActivatedCost, PairCost
 from equipoise.simulation import replay as module
-from equipoise.simulation.choice import RULES, choose
-from equipoise.simulation.placement import layer_maps
 from equipoise.simulation.replay import Replay, replay, result
-from simulation.cases import EXPERT_BYTES, WIDTH, make_model, make_plan, random_ids
 
 RANKS, NODES, BATCHES, TOKENS, TOP_K = 4, 2, 3, 12, 2
 SLOTS = [[0, 1, 2, 3, 4, 5, 0, 2], [5, 4, 3, 3, 2, 1, 0, 5]]

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dispatch.cases import make_model, make_plan, random_ids
 from equipoise.artifacts import Profile, Source
 from equipoise.errors import EquipoiseError, PlanError, ProfileError
 from equipoise.planning.cost_measured import GroupCost, Roofline
 from equipoise.simulation import SimulationReport, Trace, simulate
 from equipoise.simulation.simulate import DEFAULT
-from simulation.cases import make_model, make_plan, random_ids
 
 MODEL = make_model(2, 8, 2)
 COPIED = [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]] * 2

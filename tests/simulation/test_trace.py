@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dispatch.cases import make_model, random_ids
 from equipoise.errors import ProfileError
 from equipoise.simulation.trace import Trace, batches_of, load_trace
-from simulation.cases import make_model, random_ids
 
 MODEL = make_model(3, 8, 2)
 

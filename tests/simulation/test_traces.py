@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dispatch.cases import make_model, make_plan
 from equipoise.artifacts import Plan
+from equipoise.dispatch.metro import exact_hosts, greedy_hosts
+from equipoise.dispatch.placement import layer_maps
 from equipoise.planning.eplb import eplb_placement
 from equipoise.simulation import Trace, load_trace, simulate
-from equipoise.simulation.metro import exact_hosts, greedy_hosts
-from equipoise.simulation.placement import layer_maps
 from equipoise.simulation.trace import batches_of
-from simulation.cases import make_model, make_plan
 
 RANKS = 8
 

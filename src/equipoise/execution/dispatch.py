@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from equipoise.artifacts import LayerPlan
-from equipoise.execution.flow import spread_evenly
+from equipoise.dispatch.flow import spread_evenly
 from equipoise.precisions import precision
 
 GOLDEN = (5**0.5 - 1) / 2

@@ -1,6 +1,6 @@
 """What plans are worth before a GPU is touched: batches replayed through them, and the time, tokens and bytes that follow."""
 
-from equipoise.simulation.choice import RULES
+from equipoise.dispatch.choice import RULES
 from equipoise.simulation.report import SimulationReport
 from equipoise.simulation.simulate import simulate
 from equipoise.simulation.trace import Trace, load_trace

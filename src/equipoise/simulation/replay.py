@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.artifacts import Plan
+from equipoise.dispatch.choice import choose
+from equipoise.dispatch.placement import Floats, Ints, LayerMap, layer_maps
 from equipoise.planning.cost import CostModel
 from equipoise.precisions import precision
-from equipoise.simulation.choice import choose
-from equipoise.simulation.placement import Floats, Ints, LayerMap, layer_maps
 from equipoise.simulation.report import PlanResult, RankFigures, Sample, Spread
 
 CELLS = 4_000_000

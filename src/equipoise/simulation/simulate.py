@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from equipoise import __version__
 from equipoise.artifacts import LayerPlan, ModelFacts, Plan, Profile
+from equipoise.dispatch.choice import check_rule
 from equipoise.errors import PlanError
 from equipoise.planning.cost import CostModel
 from equipoise.planning.cost_measured import GroupCost
 from equipoise.planning.latency_tables import cost_model
-from equipoise.simulation.choice import check_rule
 from equipoise.simulation.draw import draw_batches
 from equipoise.simulation.replay import replay, result
 from equipoise.simulation.report import Part, PlanResult, Sample, SimulationReport
@@ -215,6 +215,7 @@ def _check(plans: Mapping[str, Plan], source: Traffic | None, held_out: Traffic 
     first = next(iter(plans.values()))
     for name, plan in plans.items():
         plan.check_model(first.model)
+        plan.require_all_experts("simulated on the whole model's traffic")
         if (plan.units, plan.nodes) != (first.units, first.nodes):
             raise PlanError(
                 f"plan '{name}' is for {plan.units} ranks on {plan.nodes} nodes, another for {first.units} on {first.nodes}; "
@@ -266,7 +267,7 @@ def _notes(rule: str, phase: Phase, cost: CostModel) -> list[str]:
         )
     if phase == "prefill" and rule.startswith("metro"):
         notes.append("metro is made for decode: in prefill, sending all tokens of an expert to one copy gives up balance")
-    if phase == "decode" and rule in ("ultraep", "llep"):
+    if phase == "decode" and rule in ("quota", "llep"):
         notes.append(f"{rule} is made for prefill: in decode, sending weights costs more than the tokens that it moves")
     if phase == "decode" and cost.name == "tokens":
         notes.append("small decode batches are bound by reading weights: look at activated replicas, or use another cost model")

@@ -9,7 +9,7 @@ Source: METRO (arXiv:2512.09277) sections 4 and 5, Algorithm 1; the orders "copi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,14 @@ Ints = NDArray[np.int64]
 Order = Literal["copies", "expected", "id"]
 
 
-def greedy_hosts(active: Sequence[int], hosts: Sequence[Sequence[int]], ranks: int, order: Order = "copies") -> Ints:
-    """A host for each active expert: the one of its hosts that fewest experts were given to so far.
+def greedy_hosts(
+    active: Sequence[int],
+    hosts: Sequence[Sequence[int]],
+    ranks: int,
+    order: Order = "copies",
+    cost_ER: NDArray[np.integer[Any]] | None = None,
+) -> Ints:
+    """A host for each active expert: the one of its hosts that would then have the least to read.
 
     Args:
         active: experts with at least one token.
@@ -30,10 +36,14 @@ def greedy_hosts(active: Sequence[int], hosts: Sequence[Sequence[int]], ranks: i
         order: "id" visits experts by number, as one thread of Algorithm 1 would; "copies" those with the fewest hosts first,
             since they have the least choice; "expected" too, and counts an expert that is still to come as an equal part on
             each of its hosts.
+        cost_ER: [E, R] what an expert costs on a rank, such as the bytes of its copy there: unrelated machines; with equally
+            many hosts the dearer expert goes first. 1 when omitted, which minimises activated replicas. Not with "expected".
 
     Returns:
         [len(active)] ranks.
     """
+    if cost_ER is not None:
+        return _cheapest_hosts(active, hosts, ranks, order, cost_ER)
     given = [0.0] * ranks
     chosen = dict.fromkeys(active, 0)
     if order == "expected":
@@ -46,6 +56,20 @@ def greedy_hosts(active: Sequence[int], hosts: Sequence[Sequence[int]], ranks: i
                 given[rank] -= 1 / len(hosts[expert])
         rank = min(hosts[expert], key=given.__getitem__)
         given[rank] += 1
+        chosen[expert] = rank
+    return np.fromiter(chosen.values(), np.int64, len(chosen))
+
+
+def _cheapest_hosts(
+    active: Sequence[int], hosts: Sequence[Sequence[int]], ranks: int, order: Order, cost_ER: NDArray[np.integer[Any]]
+) -> Ints:
+    assert order != "expected", "experts still to come are counted in replicas"
+    given = [0] * ranks
+    chosen = dict.fromkeys(active, 0)
+    cost = {e: {rank: int(cost_ER[e, rank]) for rank in hosts[e]} for e in active}
+    for expert in active if order == "id" else sorted(active, key=lambda e: (len(hosts[e]), -min(cost[e].values()))):
+        rank = min(hosts[expert], key=lambda r: given[r] + cost[expert][r])
+        given[rank] += cost[expert][rank]
         chosen[expert] = rank
     return np.fromiter(chosen.values(), np.int64, len(chosen))
 

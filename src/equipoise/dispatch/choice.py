@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from equipoise.dispatch.deal import DEALS, DealRule
+from equipoise.dispatch.placement import Floats, Ints, LayerMap
+from equipoise.dispatch.split import least_split, order_in_expert, probabilities
 from equipoise.errors import EquipoiseError
-from equipoise.registry import Registry
-from equipoise.simulation.llep import least_loaded
-from equipoise.simulation.metro import exact_hosts, greedy_hosts
-from equipoise.simulation.placement import Floats, Ints, LayerMap
-from equipoise.simulation.split import least_split, order_in_expert, probabilities
-from equipoise.simulation.ultraep import exact_load_quotas
+from equipoise.registry import Entry, Registry
 
 KNUTH = 2654435769
 """floor(2^32 / golden ratio): the multiplier of Knuth's multiplicative hash."""
@@ -133,76 +130,25 @@ def lp(layer: LayerMap, ids_BTK: Ints, rng: np.random.Generator, *, sampled: boo
     return _by_probability(layer, ids_BTK, np.stack([probabilities(layer, s) for s in splits]), rng, sampled=sampled)
 
 
-@RULES.register(
-    "metro", summary="one host per active expert, fewest copies first (decode)", source="METRO, Algorithm 1; order: Equipoise"
-)
-def metro(layer: LayerMap, ids_BTK: Ints, rng: np.random.Generator) -> Choice:
-    """All tokens of an expert to one copy, so that few replicas are activated."""
-    return _one_host(layer, ids_BTK, lambda active: greedy_hosts(active, layer.hosts, layer.ranks))
+def _from_counts(entry: Entry[DealRule]) -> Rule:
+    """A rule that deals from counts, as a rule that names instances."""
+
+    def rule(layer: LayerMap, ids_BTK: Ints, rng: np.random.Generator, **options: Any) -> Choice:
+        chosen, received = [], np.zeros((len(ids_BTK), layer.ranks), np.int64)
+        for b, counts in enumerate(_counts(layer, ids_BTK)):
+            found = entry.function(layer, counts, **options)
+            np.add.at(received[b], [target for _, _, target in found.transfers], 1)
+            chosen.append(_by_quota(layer, ids_BTK[b], found.quota_ER))
+        return Choice(np.stack(chosen), received)
+
+    own = list(inspect.signature(entry.function).parameters.values())[2:]
+    three = list(inspect.signature(rule).parameters.values())[:3]
+    rule.__signature__ = inspect.Signature([*three, *own])  # type: ignore[attr-defined]
+    return rule
 
 
-@RULES.register(
-    "metro-expected",
-    summary="as metro, counting experts still to come as parts on their hosts (decode)",
-    source="METRO, Algorithm 1; order: Equipoise",
-)
-def metro_expected(layer: LayerMap, ids_BTK: Ints, rng: np.random.Generator) -> Choice:
-    """As `metro`, with an eye on the experts that are still to come."""
-    return _one_host(layer, ids_BTK, lambda active: greedy_hosts(active, layer.hosts, layer.ranks, "expected"))
-
-
-@RULES.register("metro-id-order", summary="one host per active expert, by expert number (decode)", source="METRO, Algorithm 1")
-def metro_id_order(layer: LayerMap, ids_BTK: Ints, rng: np.random.Generator) -> Choice:
-    """As `metro`, visiting experts by number."""
-    return _one_host(layer, ids_BTK, lambda active: greedy_hosts(active, layer.hosts, layer.ranks, "id"))
-
-
-@RULES.register(
-    "metro-exact", summary="one host per active expert, fewest possible on a rank (decode)", source="METRO, section 4"
-)
-def metro_exact(layer: LayerMap, ids_BTK: Ints, rng: np.random.Generator) -> Choice:
-    """As `metro`, by flow: the largest number of activated replicas on a rank is proven smallest."""
-    return _one_host(layer, ids_BTK, lambda active: exact_hosts(active, layer.hosts, layer.ranks))
-
-
-@RULES.register("ultraep", summary="exact-load quotas with copies in a few spare slots (prefill)", source="UltraEP")
-def ultraep(
-    layer: LayerMap,
-    ids_BTK: Ints,
-    rng: np.random.Generator,
-    *,
-    spare: int = 2,
-    threshold: float = 1.0,
-    slack: float = 0.01,
-    least: int = 1,
-) -> Choice:
-    """Quotas close to the mean; each rank first serves its own tokens up to the quota of its copy."""
-    chosen, received = [], np.zeros((len(ids_BTK), layer.ranks), np.int64)
-    for b, counts in enumerate(_counts(layer, ids_BTK)):
-        found = exact_load_quotas(
-            counts.tolist(), layer.hosts, layer.ranks, spare=spare, threshold=threshold, slack=slack, least=least
-        )
-        np.add.at(received[b], [target for _, _, target in found.added], 1)
-        chosen.append(_by_quota(layer, ids_BTK[b], found.quota_ER))
-    return Choice(np.stack(chosen), received)
-
-
-@RULES.register("llep", summary="least-loaded assignment: what a rank cannot take is spilled, with the weights", source="LLEP")
-def llep(
-    layer: LayerMap, ids_BTK: Ints, rng: np.random.Generator, *, alpha: float = 1.0, least: int = 1024, gate: float = 1.3
-) -> Choice:
-    """Chunks of each expert's tokens, in the order of the batch."""
-    order = order_in_expert(ids_BTK, layer.experts)
-    rank_BTK = np.zeros_like(ids_BTK)
-    received = np.zeros((len(ids_BTK), layer.ranks), np.int64)
-    for b, counts in enumerate(_counts(layer, ids_BTK)):
-        found = least_loaded(counts.tolist(), layer.hosts, layer.ranks, alpha=alpha, least=least, gate=gate)
-        np.add.at(received[b], [target for _, _, target in found.transfers], 1)
-        chunks = sorted(found.chunks, key=lambda c: (c.expert, c.start))
-        ranks = np.repeat([c.rank for c in chunks], [c.stop - c.start for c in chunks])
-        first_E = np.cumsum(counts) - counts
-        rank_BTK[b] = ranks[first_E[ids_BTK[b]] + order[b]]
-    return Choice(layer.instances(ids_BTK, rank_BTK), received)
+for _entry in DEALS:
+    RULES.register(_entry.name, summary=_entry.summary, source=_entry.source)(_from_counts(_entry))
 
 
 def _counts(layer: LayerMap, ids_BTK: Ints) -> Ints:
@@ -254,14 +200,6 @@ def _by_probability(
         point = (order_in_expert(ids_BTK, layer.experts) + 0.5) / counts
     copy = (point[..., None] > cumulative[batch, ids_BTK]).sum(-1)
     return _of_copies(layer, ids_BTK, np.minimum(copy, layer.copies_E[ids_BTK] - 1))
-
-
-def _one_host(layer: LayerMap, ids_BTK: Ints, pick: Callable[[list[int]], NDArray[np.int64]]) -> Choice:
-    rank_BE = np.zeros((len(ids_BTK), layer.experts), np.int64)
-    for b, counts in enumerate(_counts(layer, ids_BTK)):
-        active = np.flatnonzero(counts)
-        rank_BE[b, active] = pick(active.tolist())
-    return _standing(layer, layer.slot_ER[ids_BTK, rank_BE[np.arange(len(ids_BTK))[:, None, None], ids_BTK]])
 
 
 def _by_quota(layer: LayerMap, ids_TK: Ints, quota_ER: Ints) -> Ints:

@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.simulation.metro import exact_hosts, greedy_hosts
-from equipoise.simulation.placement import LayerMap
-from simulation.cases import placements
+from dispatch.cases import placements
+from equipoise.dispatch.metro import exact_hosts, greedy_hosts
+from equipoise.dispatch.placement import LayerMap
 
 
 def largest(chosen: np.ndarray, ranks: int) -> int:

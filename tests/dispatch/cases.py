@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from equipoise.artifacts import LayerFacts, LayerPlan, ModelFacts, Plan
-from equipoise.simulation.placement import LayerMap, layer_maps
+from equipoise.dispatch.placement import LayerMap, layer_maps
 
 WIDTH, INNER = 32, 16
 EXPERT_BYTES = 3 * WIDTH * INNER * 2

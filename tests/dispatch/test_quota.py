@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.simulation.placement import LayerMap
-from equipoise.simulation.ultraep import exact_load_quotas
-from simulation.cases import placements
+from dispatch.cases import placements
+from equipoise.dispatch.placement import LayerMap
+from equipoise.dispatch.quota import exact_load_quotas
 
 
 @st.composite

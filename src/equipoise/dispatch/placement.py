@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.artifacts import LayerPlan, Plan
+from equipoise.errors import PlanError
 from equipoise.precisions import precision
 
 Ints = NDArray[np.int64]
@@ -79,6 +80,13 @@ class LayerMap:
         return [list(dict.fromkeys(row)) for row in ranks]
 
     @cached_property
+    def cost_ER(self) -> Ints | None:
+        """[E, R] bytes of each expert's copy on each rank, 0 where it has none; None where all copies are equally large."""
+        if len(set(self.bytes_P.tolist())) == 1:
+            return None
+        return np.where(self.hosts_ER, self.bytes_P[self.slot_ER], 0)
+
+    @cached_property
     def instance_rank(self) -> Ints:
         """[P + E * R] rank of each instance."""
         return np.concatenate([self.rank_P, np.tile(np.arange(self.ranks), self.experts)])
@@ -98,20 +106,34 @@ class LayerMap:
         return np.arange(tokens) * self.ranks // max(tokens, 1)
 
 
-def layer_maps(plan: Plan) -> list[LayerMap]:
-    """The maps of all layers of a plan."""
-    return [_layer_map(plan, index, layer) for index, layer in enumerate(plan.layers)]
+def layer_maps(plan: Plan, ranks: int | None = None) -> list[LayerMap]:
+    """The maps of all layers of a plan.
+
+    Args:
+        plan: the slots.
+        ranks: ranks that the plan's units are divided among in equal, consecutive parts; one unit each when omitted.
+
+    Raises:
+        PlanError: the ranks do not divide the units.
+    """
+    if ranks is not None and (ranks < 1 or plan.units % ranks):
+        fits = [r for r in range(1, plan.units + 1) if plan.units % r == 0]
+        raise PlanError(
+            f"the plan has {plan.units} units, which {ranks} ranks cannot share evenly; run {', '.join(map(str, fits))} ranks, "
+            f"or plan for {ranks}."
+        )
+    return [_layer_map(plan, index, layer, ranks or plan.units) for index, layer in enumerate(plan.layers)]
 
 
-def _layer_map(plan: Plan, index: int, layer: LayerPlan) -> LayerMap:
+def _layer_map(plan: Plan, index: int, layer: LayerPlan, ranks: int) -> LayerMap:
     facts = plan.model.layers[index]
     return LayerMap(
         index=index,
         experts=facts.num_experts,
-        ranks=plan.units,
-        nodes=plan.nodes,
+        ranks=ranks,
+        nodes=plan.nodes if ranks % plan.nodes == 0 else 1,
         expert_P=np.array(layer.experts, np.int64),
-        rank_P=np.array(layer.units, np.int64),
+        rank_P=np.array(layer.units, np.int64) * ranks // plan.units,
         share_P=np.array(layer.shares, np.float64),
         bytes_P=layer.slot_bytes(facts),
         copy_bytes=facts.expert_bytes(precision(plan.model.dtype)),

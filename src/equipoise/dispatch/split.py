@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from equipoise.simulation.placement import Floats, Ints, LayerMap
+from equipoise.dispatch.placement import Floats, Ints, LayerMap
 
 
 def least_split(layer: LayerMap, load_E: NDArray[np.generic]) -> tuple[Floats, float]:

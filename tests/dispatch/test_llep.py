@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from equipoise.simulation.llep import Assignment, least_loaded
+from equipoise.dispatch.llep import Assignment, least_loaded
 
 
 def check_coverage(found: Assignment, load: list[int]) -> None:
