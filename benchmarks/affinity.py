@@ -2,6 +2,10 @@
 
 Run from the repository root, with the traces in $EQUIPOISE_SHARED_DATA/routing (without them two sections are skipped):
     python benchmarks/affinity.py --json affinity.json
+    python benchmarks/affinity.py --only models --data DIRECTORY --write docs/affinity.md      # the one table of all routings
+
+The section of models runs those of the shelf, and the reference model, on the mix's training text and judges on its held-out
+text (`--data` is the directory that its files are relative to; without it, on the demo's texts); `--models` names fewer.
 
 Prints Markdown tables; the JSON file holds the same figures with the machine and versions. All figures are replayed on the
 tokens that they name: `held out` are documents that the placement was not made from. `crossings`: share of (expert, next
@@ -24,20 +28,30 @@ from typing import Any
 
 import numpy as np
 import scipy
+from affinity_held_out import Source, Tokens, judged, recorded
 from numpy.typing import NDArray
+from quantization_page import write_between
 
 from equipoise import __version__
+from equipoise.lab import shelf
+from equipoise.lab.recipe import read_mix
+from equipoise.lab.text import domain_documents
+from equipoise.models.reference import demo_texts, reference_model_dir
 from equipoise.planning.affinity import MU, frontier, place
 from equipoise.planning.affinity_exact import by_layers, by_program
 from equipoise.planning.affinity_pairs import Affinity, affinity, chance_crossings, count_pairs, crossings, splits, traffic
 from equipoise.planning.affinity_search import search
 from equipoise.planning.affinity_task import make_task
 from equipoise.planning.eplb import eplb_placement
+from equipoise.profiling.loading import load_model, load_tokenizer
 
 Ids = NDArray[np.int64]
 Placement = list[NDArray[np.int64]]
 Row = dict[str, Any]
 
+REFERENCE = "reference"
+MODELS = "Planted cases, traces and models, held-out documents"
+"""Title of the section that runs models."""
 CASES = ((3, 4, 2, 1), (4, 6, 3, 1), (4, 6, 2, 2), (3, 8, 2, 2), (5, 6, 2, 2), (6, 8, 4, 1), (12, 8, 4, 1), (12, 8, 4, 2))
 """Layers, experts, ranks and top-k of the certified cases; the mixed-integer program runs on the first five."""
 
@@ -158,18 +172,24 @@ def _shuffled(trace: dict[str, Any], seed: int) -> tuple[Ids, Ids]:
 
 
 def load_traces(root: Path) -> dict[str, dict[str, Any]]:
-    """Real traces: ids [L, T, K], document [T] and kind [T] of each token, experts. Of gpt-oss-20b every third token."""
+    """Real traces: ids [L, T, K], first [L, T, 1] the heaviest of them (-1 where unknown), document [T] and kind [T] of each
+    token, experts. Of gpt-oss-20b every third token.
+    """
     traces: dict[str, dict[str, Any]] = {}
     folder = root / "routing" / "dsv2lite_esft"
     if folder.is_dir():
-        parts, document, kind = [], [], []
+        parts, firsts, document, kind = [], [], [], []
         for index, name in enumerate(("intent", "summary", "translation")):
             with np.load(folder / f"{name}.npz") as data:
                 parts.append(data["topk_ids"].astype(np.int64))
+                firsts.append(np.full((*parts[-1].shape[:2], 1), -1))
+                if "topk_weights" in data.files:  # the experts themselves are in no order
+                    firsts[-1] = np.take_along_axis(parts[-1], data["topk_weights"].argmax(2)[..., None], 2)
                 document.append(np.repeat(np.arange(len(data["seq_lens"])), data["seq_lens"]) + 1000 * index)
                 kind += [name] * parts[-1].shape[1]
         ids = np.concatenate(parts, 1)
         traces["DeepSeek-V2-Lite"] = {"ids": ids, "document": np.concatenate(document), "kind": np.array(kind), "experts": 64}
+        traces["DeepSeek-V2-Lite"]["first"] = np.concatenate(firsts, 1)
     folder = root / "routing" / "gptoss20b_fingerprint"
     if folder.is_dir():
         kinds = np.array([d["dataset"].split("_")[0] for d in json.loads((folder / "docs.json").read_text())])
@@ -177,6 +197,7 @@ def load_traces(root: Path) -> dict[str, dict[str, Any]]:
             ids, document = data["topk_ids"][::3].astype(np.int64).transpose(1, 0, 2), data["doc"][::3].astype(np.int64)
         kind = np.where(kinds[document] == "mmlu", "mmlu", "other")
         traces["gpt-oss-20b"] = {"ids": np.ascontiguousarray(ids), "document": document, "kind": kind, "experts": 32}
+        traces["gpt-oss-20b"]["first"] = ids[..., :1]  # recorded in order of their weights
     return traces
 
 
@@ -266,6 +287,46 @@ def largest() -> list[Row]:
     return rows
 
 
+def everything(traces: dict[str, Any], names: Sequence[str], data: Path | None, tokens: int) -> list[Row]:
+    """Planted cases, traces and models in one table, on held-out documents."""
+    sources = []
+    for stay, k in ((0.8, 1), (0.5, 2), (0.25, 2)):
+        ids, _ = markov(12, 16, 4, stay, 6000, k, 0)
+        all_tokens = Tokens.ordered(ids, np.arange(6000))
+        fit = np.arange(6000) < 3000
+        label = "planted" if stay > 0.25 else "planted, no affinity"
+        name = f"{label}: 4 groups, stays with {stay:g}"
+        sources.append(Source(name, 16, all_tokens.take(fit), all_tokens.take(~fit), planned_ranks=4))
+    for name, trace in traces.items():
+        known = trace["first"][0, :, 0] >= 0
+        all_tokens = Tokens(trace["ids"], trace["first"], trace["document"]).take(known)
+        fit = next(halves({"document": all_tokens.group}, 1))
+        sources.append(Source(f"{name} (trace)", trace["experts"], all_tokens.take(fit), all_tokens.take(~fit)))
+    rows = [row for source in sources for row in judged(source)]
+    for name in names:
+        model, tokenizer = shelf_model(name)
+        fit_text, held_text = model_texts(None if name == REFERENCE else data)
+        for source in recorded(name, model, tokenizer, fit_text, held_text, tokens):
+            rows += judged(source)
+    return rows
+
+
+def shelf_model(name: str) -> tuple[Any, Any]:
+    """A model of the shelf, or the reference model, and its tokenizer."""
+    if name != REFERENCE:
+        return shelf.load(name)
+    directory = str(reference_model_dir())
+    return load_model(directory), load_tokenizer(directory)
+
+
+def model_texts(data: Path | None) -> tuple[Any, Any]:
+    """Text to plan on, and text of other documents to judge on."""
+    if data is None:
+        return demo_texts("calibration"), demo_texts("heldout")
+    mix = read_mix(Path(__file__).parents[1] / "configs" / "mix.toml")
+    return domain_documents(mix, data, "train"), domain_documents(mix, data, "heldout")
+
+
 def table(rows: list[Row]) -> str:
     """Rows as a Markdown table."""
 
@@ -285,6 +346,10 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="also time 58 layers of 256 experts (a minute or more)")
     parser.add_argument("--only", default="", help="sections whose title has this in it")
     parser.add_argument("--trace", default="", help="traces whose name has this in it")
+    parser.add_argument("--models", default=None, help="models to run, by commas; none with ''  [default: shelf, reference]")
+    parser.add_argument("--data", type=Path, help="directory of the mix's texts  [default: the demo's texts]")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each model, to plan on and to judge on")
+    parser.add_argument("--write", type=Path, help="page to write the table of models into, between its marks")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     root = Path(os.environ.get("EQUIPOISE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -301,6 +366,8 @@ def main() -> None:
         sections["Frontier, 8 ranks, held-out documents"] = lambda: compromise(traces)
     else:
         print(f"no routing traces at {root / 'routing'}; set EQUIPOISE_SHARED_DATA to run on them\n")
+    chosen = [*shelf.names(), REFERENCE] if arguments.models is None else [n for n in arguments.models.split(",") if n]
+    sections[MODELS] = lambda: everything(traces, chosen, arguments.data, arguments.tokens)
     if arguments.large:
         sections["As large as DeepSeek-V3"] = largest
     cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
@@ -314,6 +381,8 @@ def main() -> None:
         began = time.process_time()
         result[name] = run()
         print(f"## {name}\n\n{table(result[name])}\n\n({time.process_time() - began:.0f} s)\n", flush=True)
+    if arguments.write and MODELS in result:
+        write_between(arguments.write, "affinity", table(result[MODELS]))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

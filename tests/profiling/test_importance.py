@@ -299,7 +299,7 @@ def test_long_runs_measure_a_bounded_number_of_passes_spread_over_the_run(total,
 
 
 def test_every_estimator_is_described():
-    assert IMPORTANCE.names() == ["frequency", "gate_norm", "leave_one_out", "output_error", "wanda"]
+    assert IMPORTANCE.names() == ["easy_ep", "frequency", "gate_norm", "leave_one_out", "output_error", "wanda"]
     assert all(entry.summary and entry.source and entry.function.__doc__ for entry in IMPORTANCE)
 
 

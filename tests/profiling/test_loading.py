@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from transformers import MixtralForCausalLM
 
 from equipoise.errors import ModelError
+from equipoise.profiling.calibrate import profile
 from equipoise.profiling.loading import load_model, load_tokenizer
 
 
@@ -98,3 +102,51 @@ def test_code_in_a_checkpoint_is_never_run(saved):
 def test_unknown_dtypes_and_devices_are_refused(options, message):
     with pytest.raises(ModelError, match=message):
         load_model("nobody/no-such-model", **options)
+
+
+def test_a_model_held_back_by_accelerate_is_profiled_as_one_in_memory(make_model, tokenizer, make_documents):
+    options = {"tokens": 120, "seq_len": 24, "precisions": ("int4",), "progress": False}
+    texts = {"a": make_documents(6)}
+    for family in ("mixtral", "gpt_oss", "deepseek_v3"):
+        one = profile(make_model(family), tokenizer, texts, **options)
+        model = make_model(family)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        found = profile(model, tokenizer, texts, **options)
+        assert found.model == one.model
+        for name, array in one._arrays().items():
+            assert np.array_equal(found._arrays()[name], array), (family, name)
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_device_map_loads_a_model_that_gives_the_same_profile(make_model, tokenizer, make_documents, tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path)
+    texts = {"a": make_documents(6)}
+    plain, spread = (
+        profile(load_model(str(tmp_path), device_map=where), tokenizer, texts, tokens=120, seq_len=24, progress=False)
+        for where in (None, "auto")
+    )
+    assert spread.model == plain.model
+    assert all(np.array_equal(spread._arrays()[name], array) for name, array in plain._arrays().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": 10, "device_map": "auto"}, "memory and device_map are two ways"),
+        ({"device_map": "auto", "experts_parallel": True}, "device_map and experts_parallel are two ways"),
+        ({"experts_parallel": True}, "torchrun"),
+        ({"device_map": "sideways"}, "cannot load"),
+    ],
+)
+def test_ways_to_hold_a_large_model_that_do_not_go_are_refused(make_model, tmp_path, options, message):
+    make_model("mixtral").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tmp_path), **options)
+
+
+def test_a_model_that_would_lie_on_disk_is_referred_to_reading_by_layer(make_model, tmp_path, monkeypatch):
+    make_model("mixtral").save_pretrained(tmp_path)
+    monkeypatch.setattr(MixtralForCausalLM, "hf_device_map", {"model": 0, "lm_head": "disk"}, raising=False)
+    with pytest.raises(ModelError, match="would stay on disk"):
+        load_model(str(tmp_path), device_map="auto")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from equipoise.errors import ModelError
 from equipoise.models.adapters.access import STREAMED
+from equipoise.models.adapters.offloaded import data_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def check_weights(model: PreTrainedModel) -> None:
     streamed = getattr(model, STREAMED, None)
     if streamed is None:
         for name, tensor in model.named_parameters():
-            _check(name, tensor)
+            _check(name, data_of(model, name, tensor))
     elif not streamed.digest:  # all weights are read once, for this and for the fingerprint
         streamed.digest = _digest(model, _checked(streamed.tensors()))
 
@@ -54,7 +55,8 @@ def _digest(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> st
     """The fingerprint, from tensors in the order of their names."""
     config = _scalars(model.config.to_dict())
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in tensors:
+    for name, given in tensors:
+        tensor = data_of(model, name, given)
         if tensor.is_meta:
             raise ModelError(f"'{name}' has no data (meta device); load the weights before profiling.")
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -72,6 +74,8 @@ def _checked(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
 def _check(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ModelError(f"parameter '{name}' has no data (meta device); load the weights first.")
+    if hasattr(tensor, "to_local"):  # laid out over processes: each checks what it holds
+        tensor = tensor.to_local()
     if tensor.is_floating_point() and tensor.numel():
         low, high = torch.aminmax(tensor.detach())  # one pass without a temporary; NaN propagates
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -92,7 +96,28 @@ def _scalars(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    wanted = max(SAMPLES, 64 * tensor.shape[0]) if tensor.dim() == 3 else SAMPLES
+    """Every n-th element; of a tensor that is laid out over processes, gathered from all of them."""
+    if getattr(tensor, "device_mesh", None) is not None:
+        return _sample_parts(tensor)
     flat = tensor.reshape(-1)
+    return flat[:: _stride(tensor)]
+
+
+def _sample_parts(tensor: Any) -> Tensor:
+    """The sample of a DTensor without gathering the weights, where each process holds an equal stretch of them."""
+    from torch.distributed import all_gather_object
+
+    mesh = tensor.device_mesh
+    if mesh.ndim != 1 or not tensor.placements[0].is_shard(0) or tensor.shape[0] % mesh.size():
+        return _sample(tensor.full_tensor())
+    local = tensor.to_local().reshape(-1)
+    first = -mesh.get_local_rank() * local.numel() % _stride(tensor)
+    parts: list[Any] = [None] * mesh.size()
+    all_gather_object(parts, local[first :: _stride(tensor)].float().cpu(), group=mesh.get_group())
+    return torch.cat(parts)
+
+
+def _stride(tensor: Tensor) -> int:
+    wanted = max(SAMPLES, 64 * tensor.shape[0]) if tensor.dim() == 3 else SAMPLES
     # An odd stride does not stay in the same columns of a matrix whose width is a power of two.
-    return flat[:: max(1, flat.numel() // wanted) | 1]
+    return int(max(1, tensor.numel() // wanted) | 1)

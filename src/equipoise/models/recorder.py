@@ -10,6 +10,8 @@ Selections are read from what the router passes to the experts, never derived fr
 tokens unless a trace is asked for.
 
 Shapes: S scenarios, L MoE layers, E experts of the widest layer, T rows or real tokens, K top-k, W windows; 2 phases.
+A layer whose block calls its experts C times in one forward pass (a chain of experts) has C routing events;
+its K is of all together.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from equipoise.errors import RecordingError
 from equipoise.models.layers import MoELayer, find_moe_layers, observe
-from equipoise.models.tally import Ints, PairCounts, Windows, histogram
+from equipoise.models.tally import MASS_UNIT, Ints, PairCounts, Windows, histogram
 from equipoise.models.tokens import TokenBatch, TokenTracker
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Trace:
 
     Attributes:
         layers: [L] row of each of the stack's layers in the recorder's arrays.
+        events: [L] routing events of each layer; the columns of one of C events are C equal parts, in the events' order.
         experts_LTK: [L, T, K] int32 expert ids; -1 where a selection reached no routed expert.
         weights_LTK: [L, T, K] float32 gate weights.
         scenario_T: [T] scenario of each token.
@@ -51,6 +54,7 @@ class Trace:
     """
 
     layers: Ints
+    events: Ints
     experts_LTK: NDArray[np.int32]
     weights_LTK: NDArray[np.float32]
     scenario_T: Ints
@@ -58,6 +62,15 @@ class Trace:
     sequence_T: Ints
     position_T: Ints
     decode_T: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """What a layer's experts were sent so far in the forward call in progress, one entry a routing event."""
+
+    batch: TokenBatch
+    experts: list[Tensor]
+    weights: list[Tensor]
 
 
 class Recorder:
@@ -89,14 +102,14 @@ class Recorder:
         size_S, size_L = len(self.scenarios), len(self.layers)
         self._size_E = max(layer.num_experts for layer in self.layers)
         self._counts = np.zeros((size_S, 2, size_L, self._size_E + 1), np.int64)
-        self._gate_mass = np.zeros((size_S, size_L, self._size_E + 1))
+        self._gate_mass = np.zeros((size_S, size_L, self._size_E + 1), np.int64)
         self._tokens = np.zeros((size_S, 2, len(self._stacks)), np.int64)
         self._windows = Windows(window_tokens, max_windows, size_S, (size_L, self._size_E))
         self._transitions = PairCounts(size_L - 1, self._size_E) if transitions and size_L > 1 else None
         self._coactivation = PairCounts(size_L, self._size_E) if coactivation else None
         self._trace: dict[str, list[tuple[Any, ...]]] | None = {s: [] for s in self._stacks} if trace else None
         self._listeners: list[Listener] = []
-        self._pending: dict[int, tuple[TokenBatch, Tensor, Tensor]] = {}
+        self._pending: dict[int, _Pending] = {}
         self._tracker = TokenTracker(model, self.layers)
         self._tracker.add_end_listener(self._flush)
         self._handles: list[Any] = []
@@ -138,12 +151,12 @@ class Recorder:
 
     @property
     def gate_mass(self) -> NDArray[np.float64]:
-        """[S, L, E] sum of the gate weights of the selections."""
-        return self._gate_mass[..., :-1].copy()
+        """[S, L, E] sum of the gate weights of the selections, each rounded to a multiple of `MASS_UNIT`."""
+        return np.asarray(self._gate_mass[..., :-1] * MASS_UNIT)
 
     @property
     def unrouted(self) -> Ints:
-        """[S, L] selections that reached no routed expert: over capacity, identity expert, skip, other modality."""
+        """[S, L] selections that reached no routed expert: over capacity, identity, skip, other modality, policy."""
         return np.asarray(self._counts[..., -1].sum(1))
 
     @property
@@ -168,12 +181,15 @@ class Recorder:
 
     @property
     def transitions(self) -> Ints:
-        """[L-1, E, E] a token's pairs (expert in layer l, in layer l+1); zero between stacks; empty if not recorded."""
+        """[L-1, E, E] a token's pairs (expert in layer l, in layer l+1); zero between stacks; empty if not recorded.
+
+        Of a layer of several routing events, the last counts towards the next layer, the first from the layer before.
+        """
         return np.zeros((0, 0, 0), np.int64) if self._transitions is None else self._transitions.numpy()
 
     @property
     def coactivation(self) -> Ints:
-        """[L, E, E] tokens that chose both experts; the diagonal is the load; empty if not recorded."""
+        """[L, E, E] tokens that chose both experts in one routing event; the diagonal is the load; empty if not recorded."""
         return np.zeros((0, 0, 0), np.int64) if self._coactivation is None else self._coactivation.numpy()
 
     @property
@@ -187,6 +203,17 @@ class Recorder:
             raise RecordingError("no trace was kept; record with trace=True (its memory grows with the tokens).")
         return {stack: self._join(stack, parts) for stack, parts in self._trace.items() if parts}
 
+    def pass_over(self, tokens: int) -> None:
+        """Leave a forward call to another process: only the windows of the current scenario move on.
+
+        The sums of processes that have divided all forward calls so among themselves, in the same order, make those of one
+        process that runs them all (`absorb`).
+
+        Args:
+            tokens: real tokens of the call's last stack.
+        """
+        self._windows.advance(self._scenario, tokens)
+
     def check(self) -> None:
         """Compare what was recorded with what must have been.
 
@@ -199,10 +226,10 @@ class Recorder:
             )
         tokens_L = self.tokens_by_layer.sum((0, 1))
         for layer, seen_E, tokens in zip(self.layers, self._counts.sum((0, 1)), tokens_L, strict=True):
-            if seen_E.sum() != tokens * layer.top_k:
+            if seen_E.sum() != tokens * layer.sent.columns:
                 raise RecordingError(
-                    f"{layer.path} was sent {seen_E.sum()} selections, but {tokens} real tokens x top-{layer.top_k} "
-                    f"= {tokens * layer.top_k}."
+                    f"{layer.path} was sent {seen_E.sum()} selections, but {tokens} real tokens x top-{layer.sent.columns} "
+                    f"= {tokens * layer.sent.columns}."
                 )
             if seen_E[-1] and not self._may_be_unrouted(layer):
                 raise RecordingError(f"{layer.path} was sent {seen_E[-1]} expert ids outside 0..{layer.num_experts - 1}.")
@@ -233,17 +260,33 @@ class Recorder:
             if pairs is not None:
                 pairs.load(state[name])
 
+    def absorb(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Add the `state_dict` of another process that ran the forward calls which this one passed over.
+
+        Raises:
+            RecordingError: the sums are of another shape, or the processes did not go through the same calls.
+        """
+        mine = self.state_dict()
+        for name in Windows.COURSE:
+            if not np.array_equal(mine[name], state[name]):
+                raise RecordingError(f"cannot join two recordings: their '{name}' differ, so they are not of the same calls.")
+        self.load_state_dict({name: array if name in Windows.COURSE else array + state[name] for name, array in mine.items()})
+
     def _observer(self, layer: MoELayer) -> Callable[[Tensor, Tensor, Tensor], None]:
         def seen(hidden_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> None:
             batch = self._tracker.batch(layer.stack, experts_TK.shape[0])
-            if experts_TK.shape[1] != layer.top_k:
-                raise RecordingError(
-                    f"{layer.path} was sent {experts_TK.shape[1]} experts a token, expected top-{layer.top_k}."
-                )
-            if layer.index in self._pending and self._pending[layer.index][0] is batch:
-                raise RecordingError(f"{layer.path} was called twice in one forward call; looped layers are not supported.")
+            width = layer.sent.columns // layer.events
+            if experts_TK.shape[1] != width:
+                raise RecordingError(f"{layer.path} was sent {experts_TK.shape[1]} experts a token, expected top-{width}.")
             experts_TK, weights_TK = experts_TK.detach(), weights_TK.detach()
-            self._pending[layer.index] = batch, experts_TK, weights_TK
+            pending = self._pending.get(layer.index)
+            if pending is None or pending.batch is not batch:  # the first event, or what a call that failed left over
+                pending = self._pending[layer.index] = _Pending(batch, [], [])
+            if len(pending.experts) == layer.events:
+                often = "twice" if layer.events == 1 else f"more than {layer.events} times"
+                raise RecordingError(f"{layer.path} was called {often} in one forward call; looped layers are not supported.")
+            pending.experts.append(experts_TK)
+            pending.weights.append(weights_TK)
             for listener in self._listeners:
                 listener(layer, hidden_TD.detach(), experts_TK, weights_TK, batch)
 
@@ -257,14 +300,16 @@ class Recorder:
         scenario, phase, first = self._scenario, DECODE if batch.decode else PREFILL, layers[0].index
         rows = slice(first, first + len(layers))
         counts_LE = histogram(ids_LTK, self._size_E + 1).cpu().numpy()
-        counts_LE[:, -1] -= tokens * (ids_LTK.shape[2] - np.array([layer.top_k for layer in layers]))  # what filled K up
+        counts_LE[:, -1] -= tokens * (ids_LTK.shape[2] - np.array([layer.sent.columns for layer in layers]))  # what filled K up
         self._counts[scenario, phase, rows] += counts_LE
         self._gate_mass[scenario, rows] += histogram(ids_LTK, self._size_E + 1, weights_LTK).cpu().numpy()
         self._tokens[scenario, phase, self._stacks.index(stack)] += tokens
         if self._transitions is not None and len(layers) > 1:
-            self._transitions.add(ids_LTK[:-1], ids_LTK[1:], first)
+            self._transitions.add(self._event(ids_LTK, layers, -1)[:-1], self._event(ids_LTK, layers, 0)[1:], first)
         if self._coactivation is not None:
-            self._coactivation.add(ids_LTK, ids_LTK, first)
+            for event in range(max(layer.events for layer in layers)):
+                together = self._event(ids_LTK, layers, event)
+                self._coactivation.add(together, together, first)
         self._windows.add(scenario, first, counts_LE[:, :-1])
         if stack == self._stacks[-1]:
             self._windows.advance(scenario, tokens)
@@ -277,27 +322,39 @@ class Recorder:
 
     def _gather(self, layers: Sequence[MoELayer], batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Pending selections of real tokens as ids_LTK (E = none) and weights_LTK, layers of smaller top-k filled up."""
-        parts = {layer.index: self._pending.pop(layer.index, (None,)) for layer in layers}
-        some = next((part for part in parts.values() if part[0] is batch), None)
-        if some is None:
+        left = {layer.index: self._pending.pop(layer.index, None) for layer in layers}
+        parts = {index: part for index, part in left.items() if part is not None and part.batch is batch}
+        if not parts:
             raise RecordingError(f"no MoE layer of the {layers[0].stack} was called; was a part of the model replaced?")
-        device, rows, size_K = some[1].device, batch.rows, max(layer.top_k for layer in layers)
+        device = next(iter(parts.values())).experts[0].device
+        rows, size_K = batch.rows, max(layer.sent.columns for layer in layers)
         ids_LTK = torch.full((len(layers), rows, size_K), self._size_E, dtype=torch.int64, device=device)
         weights_LTK = torch.zeros((len(layers), rows, size_K), dtype=torch.float32, device=device)
         for row, layer in enumerate(layers):
-            part = parts[layer.index]
-            if part[0] is not batch:  # not called, or left over from a call that failed
+            part = parts.get(layer.index)
+            if part is None or len(part.experts) < layer.events:
                 if not self._may_be_unrouted(layer):
                     raise RecordingError(f"{layer.path} was not called in a forward call of its stack.")
                 continue
-            ids_TK = part[1].to(device)
+            ids_TK = torch.cat(part.experts, dim=1).to(device)
             absent_TK = (ids_TK < 0) | (ids_TK >= layer.num_experts)
-            ids_LTK[row, :, : layer.top_k] = ids_TK.masked_fill(absent_TK, self._size_E)
-            weights_LTK[row, :, : layer.top_k] = part[2]
+            ids_LTK[row, :, : ids_TK.shape[1]] = ids_TK.masked_fill(absent_TK, self._size_E)
+            weights_LTK[row, :, : ids_TK.shape[1]] = torch.cat(part.weights, dim=1)
         if batch.all_real:
             return ids_LTK, weights_LTK
         real = batch.real_T.to(device).nonzero().squeeze(1)
         return ids_LTK[:, real], weights_LTK[:, real]
+
+    def _event(self, ids_LTK: Tensor, layers: Sequence[MoELayer], event: int) -> Tensor:
+        """The selections of one routing event of each layer, from the last if negative; E in the columns of the others."""
+        if all(layer.events == 1 for layer in layers):
+            return ids_LTK if event in (0, -1) else torch.full_like(ids_LTK, self._size_E)
+        others_LK = torch.ones(len(layers), ids_LTK.shape[2], dtype=torch.bool, device=ids_LTK.device)
+        for row, layer in enumerate(layers):
+            width, number = layer.sent.columns // layer.events, event % layer.events if event < 0 else event
+            if number < layer.events:
+                others_LK[row, number * width : (number + 1) * width] = False
+        return ids_LTK.masked_fill(others_LK[:, None], self._size_E)
 
     def _join(self, stack: str, parts: Sequence[tuple[Any, ...]]) -> Trace:
         ids, weights, scenario, sequence, position, decode = zip(*parts, strict=True)
@@ -305,6 +362,7 @@ class Recorder:
         experts_LTK = np.concatenate(ids, axis=1).astype(np.int32)
         return Trace(
             layers=np.array([layer.index for layer in self._rows[stack]]),
+            events=np.array([layer.events for layer in self._rows[stack]]),
             experts_LTK=np.where(experts_LTK == self._size_E, np.int32(-1), experts_LTK),
             weights_LTK=np.concatenate(weights, axis=1),
             scenario_T=np.repeat(np.array(scenario), sizes),
@@ -316,8 +374,8 @@ class Recorder:
 
     @staticmethod
     def _may_be_unrouted(layer: MoELayer) -> bool:
-        """Some families drop or skip selections, and expert parallelism marks those of other ranks."""
-        return bool(layer.adapter.partial) or bool(getattr(layer.experts, "_is_expert_parallel", False))
+        """Some families and routing policies drop or skip selections; expert parallelism marks those of other ranks."""
+        return bool(layer.adapter.partial) or layer.sent.drops or bool(getattr(layer.experts, "_is_expert_parallel", False))
 
 
 def record(

@@ -6,6 +6,7 @@ Shapes: S scenarios, L MoE layers, E logical experts of the widest layer, T toke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from equipoise import __version__
 from equipoise.artifacts import Profile, Source
 from equipoise.errors import ModelError, TextError
 from equipoise.models.layers import MoELayer, check_weights, find_moe_layers, model_facts
+from equipoise.models.policy_marks import policy_id
 from equipoise.models.recorder import Recorder, record
+from equipoise.models.residual import ResidualStream
 from equipoise.models.tokens import TokenBatch
 from equipoise.precisions import precision
 from equipoise.profiling.forward import evaluation_mode, run_batch
@@ -25,6 +28,7 @@ from equipoise.profiling.importance import Context, Estimator, Measured, Observa
 from equipoise.profiling.progress import ProgressBar
 from equipoise.profiling.resume import Arrays, Checkpoint, with_prefix, without_prefix
 from equipoise.profiling.sequences import Batch, Framing, Rows, build_rows, fingerprint, make_batches
+from equipoise.profiling.team import Team
 from equipoise.profiling.texts import refuse_balanced
 
 DEFAULT_IMPORTANCE = ("wanda", "gate_norm", "frequency")
@@ -50,14 +54,16 @@ def profile(
     name: str | None = None,
     files: Mapping[str, Sequence[str]] | None = None,
     calibration: Mapping[str, Sequence[str]] | None = None,
+    team: Team | None = None,
 ) -> Profile:
     """Measure the load of every expert on text, and how much each expert matters.
 
-    The result depends on the model, the text and the options alone: a run that was interrupted and resumed gives the
-    same profile, bit for bit, as one that was not.
+    The result depends on the model, the text and the options alone: a run that was interrupted and resumed, or divided among
+    processes, gives the same profile, bit for bit, as one that was not (on one kind of machine, at one number of threads).
 
     Args:
-        model: a transformers model with MoE layers; it runs where its weights are, and is left as it was.
+        model: a transformers model with MoE layers; it runs where its weights are, and is left as it was. The profile is of
+            the routing policy that it runs under.
         tokenizer: its tokenizer.
         scenarios: name -> documents of that traffic.
         tokens: budget of tokens per scenario; a scenario with less text is used whole.
@@ -79,13 +85,16 @@ def profile(
         calibration: name -> documents that the importance estimators watch instead of the scenarios, such as text that the
             model wrote itself; the load, and everything else that is counted, is of the scenarios alone. Each name has the
             same budget of tokens as a scenario.
+        team: the processes that make this profile together (`team.team`); each calls this alike and gets the whole. Every one
+            keeps a state of its own, beside `resume_path`.
 
     Raises:
         ModelError: no MoE layers, or weights, activations or losses that are not numbers.
         TextError: a scenario without text, or of text that was balanced by design; an option out of range.
         ProfileError: the state at `resume_path` is of another run.
-        EquipoiseError: unknown estimator, option or precision.
+        EquipoiseError: unknown estimator, option or precision; another process of the team has ended.
     """
+    team = team or Team()
     if not scenarios:
         raise TextError("no scenarios given; give at least one name with its documents.")
     refuse_balanced(scenarios)
@@ -122,15 +131,25 @@ def profile(
         options["calibration"] = {"names": [part.scenario for part in watched_rows], "text_sha256": fingerprint(watched_rows)}
     facts = model_facts(model, name or getattr(model.config, "_name_or_path", "") or type(model).__name__, layers)
     text_sha256 = fingerprint(rows)
-    identity = {"model": facts.fingerprint, "text": text_sha256, "options": options, "version": __version__}
-    estimators = make_estimators(importance, Context(model, layers, watched or batches, precisions, seed), importance_options)
+    identity = {
+        "model": facts.fingerprint,
+        "policy": policy_id(model),
+        "text": text_sha256,
+        "options": options,
+        "version": __version__,
+    }
+    context = Context(model, layers, watched or batches, precisions, seed, team)
+    estimators = make_estimators(importance, context, importance_options)
     recorder = record(model, scenarios=list(scenarios), window_tokens=window_tokens)
     watcher = record(model, scenarios=[*(calibration or ["none"])], transitions=False, coactivation=False)
-    checkpoint = Checkpoint(resume_path, identity, save_every)
-    run = _Run(model, (batches, watched), (recorder, watcher), estimators, checkpoint)
-    with evaluation_mode(model), ProgressBar(progress) as bar:
+    checkpoint = Checkpoint(state_path(resume_path, team), identity | {"part": team.part}, save_every)
+    team.agree({key: digest for key, digest in checkpoint.identity.items() if key != "part"})
+    run = _Run(model, (batches, watched), (recorder, watcher), estimators, checkpoint, team)
+    with evaluation_mode(model), ProgressBar(progress and team.leads) as bar:
         measured = run.go(bar)
     options["remarks"] = {key: dict(result.remarks) for key, result in measured.items() if result.remarks}
+    if run.residual is not None and run.residual.unseen:
+        options["remarks"]["residual_is_experts_input"] = sorted(run.residual.unseen)
     return Profile(
         model=facts,
         source=Source(
@@ -138,6 +157,7 @@ def profile(
             texts={key: [str(path) for path in paths] for key, paths in (files or {}).items()},
             text_sha256=text_sha256,
             options=options,
+            routing_policy=policy_id(model),
             equipoise_version=__version__,
         ),
         counts=recorder.counts,
@@ -147,15 +167,24 @@ def profile(
         window_scenario=recorder.window_scenario,
         transitions=recorder.transitions,
         coactivation=recorder.coactivation,
-        **_merged(measured),
+        **_merged(measured, list(scenarios)),
     )
+
+
+def state_path(resume_path: str | Path | None, team: Team) -> Path | None:
+    """The file that keeps the state of this process: none where one process keeps it for all."""
+    if resume_path is None or not (team.divides or team.leads):
+        return None
+    path = Path(resume_path)
+    return path.with_name(f"{path.name}{team.part}")
 
 
 class _Run:
     """One run over all batches, and the estimators' work after it; interruptible between forward passes.
 
     The load is counted on the batches of the first recorder; where there is calibration text, its batches are run after
-    those, under the second recorder, and only they are shown to the estimators.
+    those, under the second recorder, and only they are shown to the estimators. Of a team, each process runs a stretch of
+    either's batches and passes over the others; then all take in what each has observed.
     """
 
     def __init__(
@@ -165,11 +194,16 @@ class _Run:
         recorders: tuple[Recorder, Recorder],
         estimators: Mapping[str, Estimator],
         checkpoint: Checkpoint,
+        team: Team,
     ) -> None:
         self.model, self.batches, self.recorders = model, batches, recorders
-        self.estimators, self.checkpoint = estimators, checkpoint
+        self.estimators, self.checkpoint, self.team = estimators, checkpoint, team
+        self._own: Arrays | None = None
         self._watching = [e for e in estimators.values() if type(e).observe is not Estimator.observe]
+        needed = any(estimator.needs_residual for estimator in self._watching)
+        self.residual = ResidualStream(model, recorders[0].layers) if needed else None
         self._recorder, self._step = recorders[0], 0
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
 
     def go(self, bar: ProgressBar) -> dict[str, Measured]:
         """Run what is left of the text, then let every estimator finish."""
@@ -183,6 +217,7 @@ class _Run:
                 self._pass(recorder, batches, here, before, bar, stage)
             before += len(batches)
         self.checkpoint.save(total, self._state, force=True)
+        self._unite()
         load_LE = self._load()
         measured = {}
         for name, estimator in self.estimators.items():
@@ -192,19 +227,43 @@ class _Run:
         return measured
 
     def _pass(self, recorder: Recorder, batches: Sequence[Batch], done: int, before: int, bar: ProgressBar, stage: str) -> None:
-        """Run the batches of one recorder from `done` on; `before` were run under the other."""
+        """Go through the batches of one recorder from `done` on; `before` were gone through under the other."""
         self._recorder = recorder
         sizes = [batch.tokens for batch in batches]
-        bar.stage(stage, sum(sizes), "tokens", sum(sizes[:done]))
-        with recorder:
-            if recorder is self.recorders[1] or not self.batches[1]:
-                recorder.add_listener(self._listen)
+        mine = self.team.stretch(sizes)
+        bar.stage(stage, sum(sizes[step] for step in mine), "tokens", sum(sizes[step] for step in mine if step < done))
+        with ExitStack() as watching:
+            if any(step >= done for step in mine):
+                watching.enter_context(recorder)
+                if self.residual:
+                    watching.enter_context(self.residual)
+                if recorder is self.recorders[1] or not self.batches[1]:
+                    recorder.add_listener(self._listen)
             for step in range(done, len(batches)):
                 self._step, batch = step, batches[step]
                 recorder.scenario = batch.scenario
+                if step not in mine:
+                    recorder.pass_over(batch.last_tokens)
+                    continue
                 _check_logits(run_batch(self.model, batch, all_logits=False), batch)
                 self.checkpoint.save(before + step + 1, self._state)
                 bar.advance(sizes[step])
+
+    def _unite(self) -> None:
+        """Take in what every process has observed; the state on disk stays this process's own."""
+        if not self.team.divides:
+            return
+        self._own = self._observed()
+        for estimator in self.estimators.values():
+            estimator.forget()
+        for rank, arrays in enumerate(self.team.exchange(self._own)):
+            for prefix, recorder in self._used_recorders().items():
+                take = recorder.absorb if rank else recorder.load_state_dict
+                take(without_prefix(prefix, arrays))
+            for name, estimator in self.estimators.items():
+                estimator.absorb(without_prefix(f"importance/{name}/", arrays))
+        for recorder in self._used_recorders().values():
+            recorder.check()
 
     def _load(self) -> NDArray[Any]:
         """[L, E] selections that the estimators are to weigh experts by.
@@ -222,38 +281,65 @@ class _Run:
         self, layer: MoELayer, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, tokens: TokenBatch
     ) -> None:
         """Hand the real tokens of one layer's call to the estimators."""
+        residual = None if self.residual is None else self.residual.before(layer, hidden)
         if not tokens.all_real:
             real = tokens.real_T.to(hidden.device)
             hidden, experts, weights = hidden[real], experts[real], weights[real]
+            residual = None if residual is None else residual[real]
         # A sum is finite only if every term is; a check of each value would need a mask as large as the tokens.
         if not torch.isfinite(hidden.sum(dtype=torch.float32) + weights.sum(dtype=torch.float32)):
             raise ModelError(
                 f"the inputs or gate weights of {layer.path} are not finite numbers (text '{self._recorder.scenario}'); "
                 "check the weights, or load the model in another dtype (bf16 has more range than fp16)."
             )
-        seen = Observation(self._step, layer, hidden, experts, weights)
+        if layer.events > 1:  # to the estimators, the events of a layer are so many more tokens of one call
+            self._waiting.append((hidden, experts, weights, residual))
+            if len(self._waiting) < layer.events:
+                return
+            hidden, experts, weights = (torch.cat([event[part] for event in self._waiting]) for part in range(3))
+            residuals = [event[3] for event in self._waiting if event[3] is not None]
+            residual = torch.cat(residuals) if residuals else None
+            self._waiting.clear()
+        seen = Observation(self._step, layer, hidden, experts, weights, residual)
         for estimator in self._watching:
             estimator.observe(seen)
 
-    def _state(self) -> Arrays:
-        state = with_prefix("recorder/", self.recorders[0].state_dict())
-        if self.batches[1]:
-            state |= with_prefix("calibration/", self.recorders[1].state_dict())
+    def _used_recorders(self) -> dict[str, Recorder]:
+        """Prefix of its arrays -> recorder, for those that have batches."""
+        both = zip(("recorder/", "calibration/"), self.recorders, self.batches, strict=True)
+        return {prefix: recorder for prefix, recorder, batches in both if batches}
+
+    def _observed(self) -> Arrays:
+        """What this process has recorded and its estimators have observed."""
+        arrays: Arrays = {}
+        for prefix, recorder in self._used_recorders().items():
+            arrays |= with_prefix(prefix, recorder.state_dict())
         for name, estimator in self.estimators.items():
-            state |= with_prefix(f"importance/{name}/", estimator.state_dict())
+            arrays |= with_prefix(f"importance/{name}/", estimator.observed())
+        return arrays
+
+    def _state(self) -> Arrays:
+        state = dict(self._observed() if self._own is None else self._own)
+        for name, estimator in self.estimators.items():
+            state |= with_prefix(f"results/{name}/", estimator.results)
         return state
 
     def _restore(self) -> int:
-        """Forward passes that an earlier run has done already."""
+        """Forward passes that an earlier run has gone through already."""
         loaded = self.checkpoint.load()
+        if self.team.together:  # the state of one is that of all
+            known = {} if loaded is None else with_prefix("state/", loaded[1]) | {"done": np.array([loaded[0]])}
+            given = self.team.from_leader(known)
+            loaded = (int(given["done"].item()), without_prefix("state/", given)) if given else None
         if loaded is None:
             return 0
         done, arrays = loaded
-        self.recorders[0].load_state_dict(without_prefix("recorder/", arrays))
-        if self.batches[1]:
-            self.recorders[1].load_state_dict(without_prefix("calibration/", arrays))
+        for prefix, recorder in self._used_recorders().items():
+            recorder.load_state_dict(without_prefix(prefix, arrays))
         for name, estimator in self.estimators.items():
-            estimator.load_state_dict(without_prefix(f"importance/{name}/", arrays))
+            estimator.forget()
+            estimator.absorb(without_prefix(f"importance/{name}/", arrays))
+            estimator.results = without_prefix(f"results/{name}/", arrays)
         return done
 
 
@@ -270,9 +356,11 @@ def _check_logits(output: Any, batch: Batch) -> None:
         )
 
 
-def _merged(measured: Mapping[str, Measured]) -> dict[str, Any]:
+def _merged(measured: Mapping[str, Measured], scenarios: Sequence[str]) -> dict[str, Any]:
     """The profile's fields that estimators fill."""
     fields: dict[str, Any] = {"importance": {}, "output_error": {}, "output_energy": np.zeros(0, np.float64)}
+    apart = {name: result.by_scenario for name, result in measured.items() if set(result.by_scenario) == set(scenarios)}
+    fields["scenario_importance"] = {name: np.stack([by[s] for s in scenarios]) for name, by in apart.items()}
     for name, result in measured.items():
         if result.importance is not None:
             fields["importance"][name] = result.importance

@@ -29,25 +29,28 @@ def evaluation_mode(*models: Any) -> Iterator[None]:
             model.train(training)
 
 
-def run_batch(model: Any, batch: Batch, *, all_logits: bool) -> Any:
-    """Run a model over a batch without gradients or cache.
+def run_batch(model: Any, batch: Batch, *, all_logits: bool, gradients: bool = False) -> Any:
+    """Run a model over a batch without cache.
 
     Args:
         model: a transformers model in evaluation mode.
         batch: inputs of the pass.
         all_logits: False asks models that can for the last position's logits alone, which saves the vocabulary product.
+        gradients: keep what a backward pass needs.
 
     Returns:
         The model's output.
     """
     device = next(model.parameters()).device
+    if device.type == "meta":  # accelerate holds the weights back, and takes the inputs to the device itself
+        device = torch.device("cpu")
     inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs().items()}
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "logits_to_keep" in accepted and not all_logits:
         inputs["logits_to_keep"] = 1
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         return model(**inputs)
 
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.auto_factory import _get_model_class
 
 from equipoise.errors import ModelError
+from equipoise.models.architectures import learn
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", memory: int | None = None) -> Any:
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    memory: int | None = None,
+    device_map: str | None = None,
+    experts_parallel: bool = False,
+) -> Any:
     """Load a causal or encoder-decoder language model in evaluation mode.
 
     Code that comes with a checkpoint is never run.
@@ -29,21 +39,39 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", memory: i
         memory: bytes that weights may take. A model whose files are larger, and any from a hub, is streamed: of its
             transformer layers, only the one that is used is held (`models.streamed`), and read anew whenever it is run. All
             models are loaded whole when None.
+        device_map: how accelerate spreads the model over devices, and beyond them over main memory and disk: "auto",
+            "balanced", "sequential", ...; it takes the place of `device`.
+        experts_parallel: this is one of several processes that torchrun has started, and each holds an equal part of every
+            layer's experts, and of whatever else transformers can divide; all have to call the model together.
 
     Raises:
-        ModelError: unknown dtype or device, no such model, an unreadable or incomplete checkpoint.
+        ModelError: unknown dtype, device or device map, no such model, an unreadable or incomplete checkpoint, or one that
+            transformers cannot divide.
     """
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}.")
+    ways = {"memory": memory is not None, "device_map": device_map is not None, "experts_parallel": experts_parallel}
+    if sum(ways.values()) > 1:
+        given = " and ".join(way for way, asked in ways.items() if asked)
+        raise ModelError(f"{given} are two ways to hold a large model; give one of them.")
     target = _device(device)
     _check_directory(name)
     with _explained(name):
+        learn(str(PreTrainedConfig.get_config_dict(name)[0].get("model_type")))
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"dtype": DTYPES[dtype], "trust_remote_code": False}
     with _explained(name):
         if memory is not None and _weights_bytes(name) > memory:
             model, report = _open_streamed(loader, config, name, target, options)
+        elif device_map is not None or experts_parallel:
+            where = {"distributed_config": _experts_parallel()} if experts_parallel else {"device_map": device_map}
+            model, report = loader.from_pretrained(name, output_loading_info=True, **options, **where)
+            if "disk" in getattr(model, "hf_device_map", {}).values():
+                raise ModelError(
+                    f"the devices and main memory together do not hold '{name}': a part of it would stay on disk. Give "
+                    "--memory GB instead, which reads one layer after the other."
+                )
         else:
             model, report = loader.from_pretrained(name, output_loading_info=True, **options)
             model = model.to(target)
@@ -103,7 +131,19 @@ def _check_directory(name: str) -> None:
         raise ModelError(f"directory '{name}' has no config.json, so it holds no transformers model.")
 
 
+def _experts_parallel() -> Any:
+    """The expert parallelism of transformers over all processes."""
+    from transformers.distributed import DistributedConfig
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        raise ModelError("one process alone has nobody to share experts with; start it with `torchrun --nproc-per-node N`.")
+    return DistributedConfig(tp_size=size, ep_size=size)
+
+
 def _device(name: str) -> torch.device:
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes, each with a device of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from equipoise.artifacts.files import write_atomic
 from equipoise.errors import ProfileError
 
-SCHEMA = "equipoise.profile-state/1"
+SCHEMA = "equipoise.profile-state/2"
 Arrays = dict[str, NDArray[Any]]
 
 

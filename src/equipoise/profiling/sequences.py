@@ -127,6 +127,12 @@ class Batch:
             self.attention_mask.sum() + (0 if self.decoder_attention_mask is None else self.decoder_attention_mask.sum())
         )
 
+    @property
+    def last_tokens(self) -> int:
+        """Real tokens of the last stack: the decoder, where there is one."""
+        mask = self.attention_mask if self.decoder_attention_mask is None else self.decoder_attention_mask
+        return int(mask.sum())
+
     def inputs(self) -> dict[str, Ids]:
         """The model's keyword arguments, without labels."""
         names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")

@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from equipoise.errors import TextError
 
@@ -64,20 +65,44 @@ def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> list[
     return documents
 
 
+def read_rows(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """The lines of JSON-lines files as objects, in order of files and lines.
+
+    Args:
+        paths: files that end in .jsonl or .jsonl.gz.
+
+    Raises:
+        TextError: a file is missing, of another format, empty, or holds a line that is no JSON object (its number is named).
+    """
+    rows = []
+    for path in map(Path, paths):
+        if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+            raise TextError(f"'{path}' does not end in .jsonl or .jsonl.gz; one JSON object a line is expected.")
+        rows += [_row(line, where) for line, where in _lines(path)]
+    if not rows:
+        raise TextError(f"no lines in {', '.join(repr(str(path)) for path in paths) or 'no files'}; give at least one.")
+    return rows
+
+
 def _documents(path: Path, field: str) -> Iterator[str]:
     if not path.name.lower().endswith(SUFFIXES):
         raise TextError(f"cannot tell the format of text file '{path}'; allowed endings are {', '.join(SUFFIXES)}.")
-    text = _read(path)
     if ".jsonl" not in path.name.lower():
-        yield text
+        yield _read(path)
         return
+    for line, where in _lines(path):
+        yield _json_document(_row(line, where), field, where)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file that hold something, each with how to name it."""
     # Not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if line.strip():
-            yield _json_document(line, field, f"'{path}' line {number}")
+            yield line, f"'{path}' line {number}"
 
 
-def _json_document(line: str, field: str, where: str) -> str:
+def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -85,7 +110,11 @@ def _json_document(line: str, field: str, where: str) -> str:
             f"{where} is not JSON ({error.msg} at column {error.colno}); one JSON object a line is expected."
         ) from error
     if not isinstance(row, dict):
-        raise TextError(f"{where} is a JSON {type(row).__name__}, not an object with a field '{field}'.")
+        raise TextError(f"{where} is a JSON {type(row).__name__}, not an object with named fields.")
+    return row
+
+
+def _json_document(row: Mapping[str, Any], field: str, where: str) -> str:
     if field not in row:
         raise TextError(f"{where} has no field '{field}'; it has: {', '.join(sorted(row)) or 'none'}. Choose one with --field.")
     if not isinstance(row[field], str):

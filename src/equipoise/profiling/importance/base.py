@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 
 from equipoise.errors import EquipoiseError
 from equipoise.models.layers import MoELayer
+from equipoise.profiling.pass_sums import PassSums
+from equipoise.profiling.resume import with_prefix, without_prefix
 from equipoise.profiling.sequences import Batch
+from equipoise.profiling.team import Team
 from equipoise.registry import Registry
 
 Floats = NDArray[np.float64]
@@ -35,6 +38,7 @@ class Context:
         batches: the forward passes of the run, in order.
         precisions: storage formats to measure the error of.
         seed: of every random choice.
+        team: the processes of the run; each observes other passes, and `finish` may divide its work among them.
     """
 
     model: Any
@@ -42,6 +46,7 @@ class Context:
     batches: Sequence[Batch]
     precisions: tuple[str, ...] = ()
     seed: int = 0
+    team: Team = field(default_factory=Team)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,6 +64,8 @@ class Observation:
         hidden: [T, D] input of the layer's experts.
         experts: [T, K] chosen experts; a value outside 0..num_experts-1 serves nothing (dropped, identity, absent).
         weights: [T, K] gate weights.
+        residual: [T, D] the residual stream that enters the layer's block, before its norm; None unless an estimator asks
+            for it (`needs_residual`).
     """
 
     step: int
@@ -66,31 +73,49 @@ class Observation:
     hidden: Any
     experts: Any
     weights: Any
+    residual: Any = None
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What an estimator adds to a profile: [L, E] scores, [L, E] errors by precision, [L] energy and sensitivity, remarks."""
+    """What an estimator adds to a profile: [L, E] scores, errors by precision and sensitivity, [L] energy, remarks.
+
+    `by_scenario` holds the scores of each scenario alone, scenario -> [L, E], where the estimator keeps them apart.
+    """
 
     importance: Floats | None = None
     output_error: Mapping[str, Floats] = field(default_factory=dict)
     output_energy: Floats | None = None
     sensitivity: Floats | None = None
     remarks: Mapping[str, Any] = field(default_factory=dict)
+    by_scenario: Mapping[str, Floats] = field(default_factory=dict)
 
 
 class Estimator:
-    """Base of all estimators: keyword arguments of `__init__` are its options; public arrays live in `sums`."""
+    """Base of all estimators: keyword arguments of `__init__` are its options.
+
+    What it must remember is kept in three places, so that a run can be interrupted, and divided among processes.
+
+    Attributes:
+        sums: arrays that are added up over processes: whole numbers, or entries that one pass alone fills.
+        passes: sums of floating-point numbers over passes, in an order that does not depend on who ran which.
+        results: what `finish` has done so far; NaN where it has not.
+        needs_residual: whether observations must hold the residual stream.
+    """
+
+    needs_residual = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.sums: dict[str, Floats] = {}
+        self.sums: dict[str, NDArray[Any]] = {}
+        self.passes = PassSums()
+        self.results: dict[str, Floats] = {}
 
     def observe(self, seen: Observation) -> None:
         """Take in one layer's tokens of one forward pass."""
 
     def finish(self, load_LE: Ints, checkpoint: Callable[[], None], advance: Callable[[int, int], None]) -> Measured:
-        """Scores from what was observed.
+        """Scores from what was observed, by all processes: each calls it, with the same sums, and returns the same.
 
         Args:
             load_LE: [L, E] selections of the whole run; where calibration text was watched, those of the traffic, scaled to
@@ -100,13 +125,19 @@ class Estimator:
         """
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Everything that must outlive an interruption."""
-        return dict(self.sums)
+    def observed(self) -> dict[str, NDArray[Any]]:
+        """What was observed, for `absorb`."""
+        return with_prefix("sums/", self.sums) | with_prefix("passes/", self.passes.state_dict())
 
-    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from `state_dict`."""
-        self.sums = {name: np.array(array) for name, array in state.items()}
+    def absorb(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Add what this process observed before an interruption, or what another did in other passes."""
+        for name, array in without_prefix("sums/", state).items():
+            self.sums[name] = self.sums[name] + array if name in self.sums else np.array(array)
+        self.passes.absorb(without_prefix("passes/", state))
+
+    def forget(self) -> None:
+        """Begin anew, as if nothing had been observed; results stay."""
+        self.sums, self.passes = {}, PassSums()
 
 
 IMPORTANCE: Registry[type[Estimator]] = Registry("importance estimator")

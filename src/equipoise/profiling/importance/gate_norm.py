@@ -33,7 +33,7 @@ class GateNorm(SampledEstimator):
     def measure(self, seen: Observation, drawn: Draw, hidden_ND: torch.Tensor, gates_N: torch.Tensor) -> None:
         """Add the weighted norms of one expert's drawn tokens."""
         output_ND = gated_expert(seen.layer, drawn.expert, hidden_ND, gates_N)
-        self.add("norm", seen.layer.index, drawn.expert, drawn.weight * float(output_ND.double().norm(dim=-1).sum()))
+        self.put("norm", drawn.expert, drawn.weight * float(output_ND.double().norm(dim=-1).sum()))
 
     def finish(self, load_LE: Ints, checkpoint: Callable[[], None], advance: Callable[[int, int], None]) -> Measured:
         """[L, E] scores; zero for an expert without tokens."""

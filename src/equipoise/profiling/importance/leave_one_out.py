@@ -56,15 +56,15 @@ class LeaveOneOut(Estimator):
         """[L, E] increase of the loss; negative where the model is better off without the expert."""
         model, layers = self.context.model, self.context.layers
         batches = [self.context.batches[step] for step in self.steps]
-        if "base" not in self.sums:
+        if "base" not in self.results:
             scored = [negative_log_likelihood(model, batch) for batch in batches]
-            self.sums["base"] = np.array(scored, np.float64)
-            self.sums["increase"] = np.full(self.context.shape, np.nan)
-        base_N, labels_N = self.sums["base"].T
+            self.results["base"] = np.array(scored, np.float64)
+            self.results["increase"] = np.full(self.context.shape, np.nan)
+        base_N, labels_N = self.results["base"].T
         if not labels_N.sum():
             raise EquipoiseError("leave_one_out: the text has no second token to predict; give more text.")
-        increase_LE = self.sums["increase"]
-        todo = [(layer, expert) for layer in layers for expert in range(layer.num_experts)]
+        increase_LE = self.results["increase"]
+        todo = self.context.team.mine([(layer, expert) for layer in layers for expert in range(layer.num_experts)])
         for done, (layer, expert) in enumerate(todo, start=1):
             if np.isnan(increase_LE[layer.index, expert]):
                 used = np.flatnonzero(self.sums["served"][:, layer.index, expert])
@@ -74,7 +74,7 @@ class LeaveOneOut(Estimator):
                 checkpoint()
             advance(done, len(todo))
         remarks = {"scored_tokens": int(labels_N.sum()), "loss": float(base_N.sum() / labels_N.sum())}
-        return Measured(importance=np.nan_to_num(increase_LE), remarks=remarks)
+        return Measured(importance=np.nan_to_num(self.context.team.join(increase_LE)), remarks=remarks)
 
 
 @contextmanager

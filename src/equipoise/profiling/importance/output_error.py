@@ -5,7 +5,7 @@ Shapes: L MoE layers, E logical experts, T tokens, K top-k, N drawn tokens of on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from equipoise.models.layers import MoELayer, expert_matrices, gated_expert
 from equipoise.precisions import precision
 from equipoise.profiling.importance.base import IMPORTANCE, Context, Floats, Ints, Measured, Observation
 from equipoise.profiling.importance.sampling import Draw, SampledEstimator, draw
-from equipoise.profiling.importance.sensitivity import choose_probes, first_rows, layer_divergence
+from equipoise.profiling.importance.sensitivity import first_rows, sensitivity
 from equipoise.quantization.formats import round_trip
 
 FEW_TOKENS = 8
@@ -52,8 +52,8 @@ class OutputError(SampledEstimator):
 
     The score is the relative error of the coarsest precision: what the layer's output loses if that expert is rounded.
 
-    How much a layer's error matters is measured too if asked for: the KL divergence of the model's predictions with all the
-    layer's experts rounded, for each unit of relative squared error of its output.
+    How much an expert's error matters is measured too if asked for: the KL divergence of the model's predictions for each unit
+    of relative squared error that the expert causes in its layer's output, from gradients (`sensitivity`).
 
     Args:
         max_tokens_per_expert: sample of each expert; None measures all tokens.
@@ -61,8 +61,8 @@ class OutputError(SampledEstimator):
             passes in which experts are measured.
         int8_activations: count the rounding of activations that fast kernels do beside int8 weights (`apply_plan` does it
             unless told not to).
-        sensitivity_tokens: budget of tokens to measure each layer's sensitivity on, taken from all scenarios in turn, one
-            forward pass of them for each layer; 0 measures none.
+        sensitivity_tokens: budget of tokens to measure the experts' sensitivity on, taken from all scenarios in turn, one
+            forward and one backward pass of them; 0 measures none.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class OutputError(SampledEstimator):
 
     def observe(self, seen: Observation) -> None:
         """Count tokens in every pass; draw and measure in the passes chosen for it."""
-        self.add("tokens", seen.layer.index, 0, seen.hidden.shape[0])
+        self.sums.setdefault("tokens", np.zeros(self.context.shape[0], np.int64))[seen.layer.index] += seen.hidden.shape[0]
         super().observe(seen)
         if seen.step in self.steps and seen.hidden.shape[0]:
             self._measure_energy(seen)
@@ -102,7 +102,7 @@ class OutputError(SampledEstimator):
             rounded = [round_trip(matrix, form) for matrix in weights]
             with RoundedInputs() if self.int8_activations and name == "int8" else nullcontext():
                 rounded_ND = gated_expert(layer, expert, hidden_ND.to(weights[0].dtype), gates_N, rounded)
-            self.add(f"error.{name}", layer.index, expert, drawn.weight * _energy(rounded_ND - exact_ND))
+            self.put(f"error.{name}", expert, drawn.weight * _energy(rounded_ND - exact_ND))
 
     def _measure_energy(self, seen: Observation) -> None:
         """Keep ||sum_e g_e y_e||^2 of a sample of the layer's tokens, and how many tokens each of them stands for."""
@@ -112,7 +112,7 @@ class OutputError(SampledEstimator):
         picked = torch.from_numpy(np.sort(rng.choice(total, size, replace=False))).to(seen.hidden.device)
         output = routed_output(seen.layer, seen.hidden[picked], seen.experts[picked], seen.weights[picked])
         drawn = np.stack([output.square().sum(-1).cpu().numpy(), np.full(size, total / size)])
-        name = f"energy.{seen.layer.index}"
+        name = f"energy.{seen.layer.index}.{self.steps.index(seen.step)}"
         self.sums[name] = np.concatenate([self.sums.get(name, np.zeros((2, 0))), drawn], axis=1)
 
     def finish(self, load_LE: Ints, checkpoint: Callable[[], None], advance: Callable[[int, int], None]) -> Measured:
@@ -130,7 +130,7 @@ class OutputError(SampledEstimator):
         coarsest = min(self.formats.values(), key=lambda form: form.bits).name
         with np.errstate(divide="ignore", invalid="ignore"):
             score = np.where(energy[:, None] > 0, errors[coarsest] / energy[:, None], 0.0)
-        sensitivity = self._sensitivity(errors, energy, checkpoint, advance) if self.sensitivity_tokens else None
+        nats_LE = self._sensitivity(coarsest, energy, advance) if self.sensitivity_tokens else None
         few = {str(layer): np.flatnonzero(row).tolist() for layer, row in enumerate(few_LE) if row.any()}
         remarks = {
             "experts_with_few_tokens": few,
@@ -138,36 +138,28 @@ class OutputError(SampledEstimator):
             "energy_of_massive_tokens": {str(i): round(part, 4) for i, (_, part) in enumerate(clipped) if part > 0.5},
             "int8_activations": self.int8_activations,
         }
-        return Measured(score, errors, energy, sensitivity, remarks)
+        return Measured(score, errors, energy, nats_LE, remarks)
 
-    def _sensitivity(
-        self,
-        errors: Mapping[str, Floats],
-        energy_L: Floats,
-        checkpoint: Callable[[], None],
-        advance: Callable[[int, int], None],
-    ) -> Floats:
-        """[L] nats of divergence for each unit of relative squared error; a layer that cannot be probed gets the mean."""
-        relative = {name: np.divide(error, energy_L[:, None], where=energy_L[:, None] > 0, out=np.zeros_like(error))
-                    for name, error in errors.items()}  # fmt: skip
-        probes = choose_probes(relative, self.formats)
-        batches = first_rows(self.context.batches, self.sensitivity_tokens)
-        done_L = self.sums.setdefault("divergence", np.full(len(probes), np.nan))
-        nats_L = layer_divergence(self.context.model, self.context.layers, probes, batches, done_L, advance)
-        checkpoint()
-        size_L = np.array([relative[form.name][layer].sum() if form else 0.0 for layer, form in enumerate(probes)])
-        known_L = size_L > 0
-        ratio_L = np.divide(nats_L, size_L, where=known_L, out=np.zeros_like(nats_L))
-        return np.where(known_L, ratio_L, ratio_L[known_L].mean() if known_L.any() else 1.0)
+    def _sensitivity(self, form: str, energy_L: Floats, advance: Callable[[int, int], None]) -> Floats:
+        """[L, E] nats of divergence a predicted token for each unit of relative squared error."""
+        context = self.context
+        batches = first_rows(context.batches, self.sensitivity_tokens)
+        # Little text: each process of a team runs all of it, and finds the same.
+        found = sensitivity(context.model, context.layers, self.formats[form], batches, context.seed, advance)
+        tokens_L = self.sums["tokens"]
+        # A relative error is of the energy of all the run's tokens; what it costs is spread over the run's predictions.
+        scale_L = np.divide(energy_L, tokens_L * found.predicted_L, out=np.zeros_like(energy_L), where=tokens_L > 0)
+        return np.asarray(found.nats_LE * scale_L[:, None])
 
     def _clipped_energy(self, layer: int) -> tuple[float, float]:
         """A layer's energy with massive tokens clipped, for all tokens of the run, and the part that was clipped away."""
-        energy, weight = self.sums.get(f"energy.{layer}", np.zeros((2, 0)))
+        names = (f"energy.{layer}.{n}" for n in range(len(self.steps)))
+        energy, weight = np.concatenate([np.zeros((2, 0)), *(self.sums[n] for n in names if n in self.sums)], axis=1)
         if not energy.sum() > 0:
             return 0.0, 0.0
         kept = np.minimum(energy, MASSIVE * np.median(energy))
         part = 1 - float(kept @ weight) / float(energy @ weight)
-        return float(kept @ weight / weight.sum() * self.sum("tokens")[layer, 0]), part
+        return float(kept @ weight / weight.sum() * self.sums["tokens"][layer]), part
 
 
 class RoundedInputs(TorchFunctionMode):  # type: ignore[misc]

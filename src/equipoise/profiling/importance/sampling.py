@@ -87,34 +87,37 @@ class SampledEstimator(Estimator):
         total = len(context.batches)
         parts = total if max_tokens_per_expert is None else min(total, MEASURED_PASSES)
         edges = np.linspace(0, total, parts + 1).astype(int)
-        self.steps = frozenset(int(rng.integers(low, high)) for low, high in pairwise(edges))
+        self.steps = tuple(int(rng.integers(low, high)) for low, high in pairwise(edges))
         self.quota = None if max_tokens_per_expert is None else -(-max_tokens_per_expert // max(parts, 1))
+        self._row: dict[str, Floats] = {}
 
     def observe(self, seen: Observation) -> None:
         """Draw and measure, in the passes chosen for it."""
         if seen.step not in self.steps:
             return
         rng = np.random.default_rng([self.context.seed, 2, seen.step, seen.layer.index])
+        self._row = {}
         for drawn in draw(seen.experts.cpu().numpy(), seen.layer.num_experts, self.quota, rng):
-            self.add("served", seen.layer.index, drawn.expert, drawn.weight * drawn.tokens.size)
-            self.add("drawn", seen.layer.index, drawn.expert, drawn.tokens.size)
+            self.put("served", drawn.expert, drawn.weight * drawn.tokens.size)
+            self.put("drawn", drawn.expert, drawn.tokens.size)
             rows = torch.from_numpy(drawn.tokens).to(seen.hidden.device)
             columns = torch.from_numpy(drawn.columns).to(seen.hidden.device)
             self.measure(seen, drawn, seen.hidden[rows], seen.weights[rows, columns].double())
+        for name, row_E in self._row.items():
+            self.passes.add(f"{name}.{seen.layer.index}", self.steps.index(seen.step), row_E)
 
     def measure(self, seen: Observation, drawn: Draw, hidden_ND: torch.Tensor, gates_N: torch.Tensor) -> None:
-        """Add what one expert's drawn tokens say, weighted by `drawn.weight`."""
+        """`put` what one expert's drawn tokens say, weighted by `drawn.weight`."""
         raise NotImplementedError
 
-    def add(self, name: str, layer: int, expert: int, value: float) -> None:
-        """Add to one entry of the [L, E] sum of a name."""
-        if name not in self.sums:
-            self.sums[name] = np.zeros(self.context.shape)
-        self.sums[name][layer, expert] += value
+    def put(self, name: str, expert: int, value: float) -> None:
+        """What an expert adds to the [L, E] sum of a name, in the layer and pass that are being measured."""
+        self._row.setdefault(name, np.zeros(self.context.shape[1]))[expert] = value
 
     def sum(self, name: str) -> Floats:
-        """[L, E] sum of a name over the measured passes; zero when nothing was added."""
-        return self.sums.get(name, np.zeros(self.context.shape))
+        """[L, E] sum of a name over the measured passes; zero where nothing was put."""
+        rows = [self.passes.total(f"{name}.{layer.index}") for layer in self.context.layers]
+        return np.stack([np.zeros(self.context.shape[1]) if row_E is None else row_E for row_E in rows])
 
     def scale(self, load_LE: Ints) -> Floats:
         """[L, E] tokens of the whole run for each token of the measured passes; zero for an expert seen in none."""

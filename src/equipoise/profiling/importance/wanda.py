@@ -56,20 +56,20 @@ class Wanda(Estimator):
             total.index_add_(0, seen.experts[served].long(), squared[token])
         else:
             total = squared.sum(0)
-        name = f"squares.{seen.layer.index}"
-        self.sums[name] = self.sums.get(name, 0.0) + total.double().cpu().numpy()
+        self.passes.add(f"squares.{seen.layer.index}", seen.step, total.double().cpu().numpy())
 
     def finish(self, load_LE: Ints, checkpoint: Callable[[], None], advance: Callable[[int, int], None]) -> Measured:
         """[L, E] mean kept scores; zero for an expert without tokens when `tokens` is "routed"."""
-        scores = np.zeros(self.context.shape)
-        for layer in self.context.layers:
-            squares = self.sums.get(f"squares.{layer.index}")
+        scores = np.full(self.context.shape, np.nan)
+        for layer in self.context.team.mine(self.context.layers):
+            scores[layer.index] = 0.0
+            squares = self.passes.total(f"squares.{layer.index}")
             if squares is None:
                 continue
             norms = torch.from_numpy(np.sqrt(squares)).float()
             for expert in range(layer.num_experts):
                 scores[layer.index, expert] = self._score(layer, expert, norms[expert] if self.routed else norms)
-        return Measured(importance=scores)
+        return Measured(importance=self.context.team.join(scores))
 
     def _score(self, layer: MoELayer, expert: int, norm_C: Any) -> float:
         total, entries = 0.0, 0
