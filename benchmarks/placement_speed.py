@@ -12,6 +12,7 @@ equal results.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.artifacts import LayerFacts, ModelFacts, Profile, Source
+from equipoise.artifacts.files import write_atomic
 from equipoise.planning.eplb import eplb_placement
 from equipoise.planning.methods import METHODS, make_plan
 from equipoise.planning.ranks import rank_load
@@ -90,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 58), ("experts", 256), ("slots", 288), ("ranks", 32), ("scenarios", 50), ("turns", 11)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path, default=None, help="file for the figures")
     args = parser.parse_args()
     load_SLE = loads(args.layers, args.experts, args.scenarios, seed=0)
     load_LE = load_SLE.sum(0)
@@ -107,10 +110,12 @@ def main() -> None:
         print(f"{name:24} {'the same rank loads in every layer' if same else 'OTHER RANK LOADS'}")
     turns = [{name: seconds(run) for name, run in contenders.items()} for _ in range(args.turns)]
     print(f"\n{args.layers} layers x {args.experts} experts, {args.slots} slots, {args.ranks} ranks, {args.turns} turns")
+    rows: list[dict[str, object]] = []
     for clock, kind in enumerate(("wall-clock", "processor")):
         for name in contenders:
             spent, ours = (np.array([turn[who][clock] for turn in turns]) for who in (name, "equipoise"))
             ratio = spent / ours
+            rows.append({"clock": kind, "contender": name, "seconds": float(np.median(spent)), "ratios": ratio.tolist()})
             print(
                 f"{kind:11} {name:24} median {1e3 * np.median(spent):8.1f} ms   "
                 f"x{np.median(ratio):6.1f} of ours (least {ratio.min():.1f}, greatest {ratio.max():.1f})"
@@ -133,6 +138,9 @@ def main() -> None:
     for name, run in whole.items():
         wall, processor = seconds(run)
         print(f"{name:36} {wall:8.2f} s wall-clock {processor:8.2f} s processor")
+        rows.append({"clock": "processor", "contender": f"whole plan, {name}", "seconds": processor})
+    if args.json:
+        write_atomic(args.json, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long `rq` takes to plan 61 layers of 256 experts on 256 units, beside plain greedy planners in the same run.
 
 Run from the repository root, on one core:
-    OMP_NUM_THREADS=1 python benchmarks/planning.py
+    OMP_NUM_THREADS=1 python benchmarks/planning.py [--json planning.json]
 
 The load is synthetic: log-normal experts, log-normal changes between windows, Poisson counts. Times are the fastest of
 the repeats, taken in turn, so that a busy machine hurts all alike; processor time stands beside them for the same
@@ -11,14 +11,17 @@ reason. `held out` is a second draw of the same windows.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from baselines import alias, eplb
 from numpy.typing import NDArray
 
 from equipoise.artifacts import LayerFacts, ModelFacts, Profile, Source
+from equipoise.artifacts.files import write_atomic
 from equipoise.metrics import lis
 from equipoise.planning.methods import make_plan
 
@@ -73,6 +76,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=None, help="file for the figures")
     arguments = parser.parse_args()
     profile, other = synthetic(arguments.layers, arguments.experts, arguments.windows, seed=0)
     load = profile.load
@@ -81,7 +85,7 @@ def main() -> None:
         "eplb (plain numpy)": lambda score: unit_loads_eplb(load, score),
         "alias": lambda score: unit_loads_alias(load, score),
     }
-    best = dict.fromkeys(planners, (np.inf, np.inf))
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in planners}
     for _ in range(arguments.repeats):
         for name, unit_load in planners.items():
             began = time.perf_counter(), time.process_time()
@@ -89,15 +93,29 @@ def main() -> None:
                 plan = make_plan(profile)
             else:
                 unit_load(load)
-            taken = time.perf_counter() - began[0], time.process_time() - began[1]
-            best[name] = min(best[name][0], taken[0]), min(best[name][1], taken[1])
+            spent[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
     print(f"{arguments.layers} layers x {arguments.experts} experts on {arguments.experts} units, {arguments.windows} windows")
     print(f"raw LIS {lis(load).mean():.3f}; rq's proven bound {plan.predicted.lower_bound:.4f}\n")
     print(f"{'planner':20} {'seconds':>8} {'processor':>9} {'of eplb':>8} {'in sample':>10} {'held out':>9}")
+    rows = []
     for name, unit_load in planners.items():
-        scores = [lis(unit_load(score)).mean() for score in (load, other)]
-        ratio = best[name][1] / best["eplb (plain numpy)"][1]
-        print(f"{name:20} {best[name][0]:8.2f} {best[name][1]:9.2f} {ratio:8.2f} {scores[0]:10.4f} {scores[1]:9.4f}")
+        scores = [float(lis(unit_load(score)).mean()) for score in (load, other)]
+        wall, processor = (min(clock) for clock in zip(*spent[name], strict=True))
+        ratios = [mine[1] / base[1] for mine, base in zip(spent[name], spent["eplb (plain numpy)"], strict=True)]
+        ratio = processor / min(clock[1] for clock in spent["eplb (plain numpy)"])
+        print(f"{name:20} {wall:8.2f} {processor:9.2f} {ratio:8.2f} {scores[0]:10.4f} {scores[1]:9.4f}")
+        rows.append(
+            {
+                "planner": name,
+                "seconds": wall,
+                "processor": processor,
+                "ratios": ratios,
+                "in_sample": scores[0],
+                "held_out": scores[1],
+            }
+        )
+    if arguments.json:
+        write_atomic(arguments.json, json.dumps({"rows": rows, "bound": plan.predicted.lower_bound}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

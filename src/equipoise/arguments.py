@@ -47,6 +47,9 @@ Tasks = Annotated[list[str] | None, typer.Option("--task", help="lm-eval task su
 TaskDir = Annotated[
     Path | None, typer.Option(help="directory with the tasks' rows as local files, when the hub is out of reach")
 ]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", help="routing policy to run the model under, of `equipoise policy fit`")
+]
 Limit = Annotated[int | None, typer.Option(help="items of each task  [default: all]")]
 
 

@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from equipoise import __version__
-from equipoise.commands import deciding, measuring, quantizing, reporting, sampling, serving, training, whole
+from equipoise.commands import (
+    deciding,
+    measuring,
+    merging,
+    parallel,
+    pruning,
+    quantizing,
+    reporting,
+    routing,
+    sampling,
+    serving,
+    streaming,
+    training,
+    whole,
+)
 from equipoise.errors import EquipoiseError
 
 app = typer.Typer(
@@ -21,12 +35,18 @@ app = typer.Typer(
 )
 for command in (
     measuring.profile,
+    merging.merge,
     sampling.sample,
     deciding.plan,
     deciding.frontier,
     serving.simulate,
     serving.export,
     serving.payback,
+    streaming.stream,
+    streaming.watch,
+    parallel.parallel,
+    pruning.demonstrations,
+    pruning.prune,
     quantizing.apply,
     quantizing.quantize,
     measuring.evaluate,
@@ -37,6 +57,7 @@ for command in (
     deciding.methods,
 ):
     app.command()(command)
+app.add_typer(routing.app, name="policy")
 app.add_typer(training.app, name="lab")
 
 

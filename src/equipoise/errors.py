@@ -34,6 +34,10 @@ class RecordingError(EquipoiseError):
     """The recorder saw nothing, or saw another number of selections than tokens times top-k."""
 
 
+class ParallelError(EquipoiseError):
+    """Processes that run a model together could not start, or one of them ended or hangs."""
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> EquipoiseError:
     """An error for a name that is not registered, with the nearest known name.
 

@@ -40,6 +40,14 @@ def lis(load: ArrayLike, width: ArrayLike | None = None) -> Array:
         [...] scores; nan where nothing was served.
 
     Source: R&Q (arXiv:2602.19938) Definition 1, with m = width and n k = total load.
+
+    Examples:
+        The busiest of four experts has twice the mean; in a layer of two, the third and fourth do not exist.
+
+        >>> print(lis([8, 4, 2, 2]))
+        2.0
+        >>> print(lis([[8, 4, 2, 2], [3, 1, 0, 0]], width=[4, 2]))
+        [2.  1.5]
     """
     values, n, _ = _load(load, width)
     return _safe_divide(n * values.max(-1), values.sum(-1))
@@ -82,6 +90,10 @@ def jensen_shannon(first: ArrayLike, second: ArrayLike) -> Array:
 
     Returns:
         [...] divergences; nan where either served nothing. Source: Lin (1991), equation 4.1 with equal weights.
+
+    Examples:
+        >>> print(jensen_shannon([1, 1], [10, 10]), jensen_shannon([1, 0], [0, 1]))
+        0.0 1.0
     """
     p, q = (_safe_divide(v, v.sum(-1, keepdims=True)) for v in (np.asarray(x, np.float64) for x in (first, second)))
     middle = (p + q) / 2
@@ -99,6 +111,12 @@ def cumulative_lis(windows: ArrayLike, width: ArrayLike | None = None) -> Array:
 
     Returns:
         [W, ...] running scores. Source: R&Q Figure 8 ("cumulative"); `lis(windows)` is its "instantaneous" form.
+
+    Examples:
+        Two windows, each as uneven as can be, are level together.
+
+        >>> print(lis([[4, 0], [0, 4]]), cumulative_lis([[4, 0], [0, 4]]))
+        [2. 2.] [2. 1.]
     """
     return lis(np.cumsum(np.asarray(windows, dtype=np.float64), axis=0), width)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.artifacts import Evaluation, Plan, Profile
+from equipoise.artifacts.routing import RoutingPolicy
 from equipoise.errors import EquipoiseError, TextError
 from equipoise.planning.methods import make_plan
 
@@ -26,7 +27,7 @@ PROFILE = "run.profile.safetensors"
 EVALUATION = "run.eval.json"
 PRECISIONS = ("int8", "int4-g32", "int3-g32", "int2-g32")
 """Formats whose output error is measured, because plans choose among them."""
-SENSITIVITY_TOKENS = 512
+SENSITIVITY_TOKENS = 4096
 """Tokens on which it is measured how much each layer's error matters; at least one row of each scenario."""
 ROUNDING = "agq"
 ROUNDING_TOKENS = 2048
@@ -119,6 +120,7 @@ def balance(
     tasks: Sequence[str] = (),
     task_dir: str | Path | None = None,
     limit: int | None = None,
+    policy: str | Path | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     files: Mapping[str, Sequence[str]] | None = None,
@@ -149,6 +151,8 @@ def balance(
         tasks: lm-eval tasks to judge on.
         task_dir: directory with their rows as local files; None for the hub.
         limit: items of each task, None for all.
+        policy: file of a routing policy that the balanced models run under; profiled and planned under it, judged against the
+            model under its own router.
         dtype: "auto" (as stored), "fp32", "bf16" or "fp16".
         device: where the models run, as torch names it.
         files: scenario -> files, for the record.
@@ -164,6 +168,7 @@ def balance(
     from equipoise.evaluation.evaluate import evaluate
     from equipoise.execution.apply import apply_plan
     from equipoise.execution.layerwise import Calibration
+    from equipoise.execution.routing_attach import attach_policy, routed
     from equipoise.execution.streamed import apply_streamed
     from equipoise.profiling.calibrate import profile as measure
     from equipoise.profiling.loading import load_model, load_tokenizer
@@ -182,11 +187,13 @@ def balance(
     say(f"record where tokens go ({', '.join(planned_from)}), and what each expert's bits cost")
     out.mkdir(parents=True, exist_ok=True)
     resume = out / f".{PROFILE}.part"
-    profile = measure(
-        base, tokenizer, planned_from, tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
-        precisions=PRECISIONS, importance_options={"output_error": {"sensitivity_tokens": SENSITIVITY_TOKENS}},
-        resume_path=resume, progress=progress, name=model, files=files, calibration=calibration,
-    )  # fmt: skip
+    rule = None if policy is None else RoutingPolicy.load_file(policy)
+    with routed(base, rule):
+        profile = measure(
+            base, tokenizer, planned_from, tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
+            precisions=PRECISIONS, importance_options={"output_error": {"sensitivity_tokens": SENSITIVITY_TOKENS}},
+            resume_path=resume, progress=progress, name=model, files=files, calibration=calibration,
+        )  # fmt: skip
     profile.save(out / PROFILE)
     plans: dict[str, Plan] = {}
     for name in dict.fromkeys([method, *compare]):
@@ -202,20 +209,23 @@ def balance(
         tokens=min(tokens, ROUNDING_TOKENS), seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     contenders: dict[str, Any] = {}
+
+    def fresh(memory: int | None = None) -> Any:
+        loaded = load_model(model, dtype=dtype, device=device, memory=memory)
+        return loaded if rule is None else attach_policy(loaded, rule)
+
     for name in plans:
         if name != method:
             same = name.partition(":")[0] == method  # other methods are taken as published, rounded to nearest
             say(f"apply {name}")
-            contenders[name] = apply_plan(
-                load_model(model, dtype=dtype, device=device), plans[name], method=rounding if same else "rtn", batches=batches
-            )
+            contenders[name] = apply_plan(fresh(), plans[name], method=rounding if same else "rtn", batches=batches)
     say(f"apply {method}, rounding by {rounding}, save to {out / 'model'} and load it again")
     reads_text = METHODS.get(rounding).reads_hessian
     on_text = Calibration(batches, rounding, workers=os.cpu_count() or 1) if reads_text else None
     with ProgressBar(progress) as bar:
         bar.stage("rounding", len(plans[method].layers), "MoE layers")
         apply_streamed(
-            load_model(model, dtype=dtype, device=device, memory=0), tokenizer, plans[method], out / "model",
+            fresh(memory=0), tokenizer, plans[method], out / "model",
             method=rounding, calibration=on_text, progress=bar.set,
         )  # fmt: skip
     contenders[method] = load_balanced(out / "model", dtype=dtype, device=device)
@@ -254,8 +264,8 @@ def load_balanced(directory: str | Path, *, dtype: str = "auto", device: str = "
     return load(directory, dtype=DTYPES[dtype]).to(device).eval()
 
 
-def read_artifact(path: str | Path) -> Profile | Plan | Evaluation:
-    """Read any of the three values, told apart by the file's content.
+def read_artifact(path: str | Path) -> Profile | Plan | RoutingPolicy | Evaluation:
+    """Read any of the three values, or a routing policy, told apart by the file's content.
 
     Raises:
         EquipoiseError: unreadable, or none of them.
@@ -266,4 +276,6 @@ def read_artifact(path: str | Path) -> Profile | Plan | Evaluation:
         raise EquipoiseError(f"cannot read '{path}': {error.strerror or error}.") from error
     if not data.startswith(b"{"):
         return Profile.load_file(path)
-    return Evaluation.load_file(path) if b'"equipoise.evaluation/' in data else Plan.load_file(path)
+    if b'"equipoise.evaluation/' in data:
+        return Evaluation.load_file(path)
+    return RoutingPolicy.load_file(path) if b'"equipoise.policy/' in data else Plan.load_file(path)

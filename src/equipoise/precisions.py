@@ -94,6 +94,12 @@ def precision(name: str) -> Precision:
 
     Raises:
         EquipoiseError: unknown name.
+
+    Examples:
+        >>> precision("int4").name, precision("int8").group
+        ('int4-g32', None)
+        >>> precision("int4").matrix_bytes(rows=64, columns=128)  # half a byte a weight, and 4 scales of 2 bytes a row
+        4608
     """
     if name in FLOATS:
         return Precision(name, FLOATS[name])

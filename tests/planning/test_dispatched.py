@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from equipoise.execution.flow import spread_evenly
+from equipoise.dispatch.flow import spread_evenly
 from equipoise.planning.dispatched import dispatched_lis, improve
 from equipoise.planning.load import Slots, outlook
 from equipoise.planning.methods import make_plan

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dispatch.cases import make_model, make_plan, random_ids
 from equipoise.errors import EquipoiseError
 from equipoise.reporting.simulation import simulation_tables
 from equipoise.reporting.simulation_plot import simulation_plot
 from equipoise.simulation import SimulationReport, Trace, simulate
-from simulation.cases import make_model, make_plan, random_ids
 
 
 @pytest.fixture(scope="module")

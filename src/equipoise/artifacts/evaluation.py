@@ -71,6 +71,11 @@ class Contender(BaseModel):
     expert_bytes: int = Field(description="bytes of all expert tensors, measured from the tensors")
     texts: tuple[TextResult, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
+    batch_order_kl: float | None = Field(
+        default=None,
+        description="class `routing` alone: mean KL in nats between predictions for the same rows in two orders within their "
+        "batches; what is beyond rounding is the policy's doing",
+    )
     seconds: float = Field(default=0.0, description="wall-clock of this model's evaluation")
 
 

@@ -25,7 +25,8 @@ from equipoise.precisions import precision
 
 SCHEMA = "equipoise.plan/1"
 Dispatch = Literal["even", "least_loaded", "gate_aware"]
-Exactness = Literal["exact", "weights"]
+Exactness = Literal["exact", "weights", "routing", "capacity"]
+"""What a plan promises, from the strongest promise to the weakest."""
 Floats = NDArray[np.float64]
 
 
@@ -103,7 +104,7 @@ class Predicted(BaseModel):
     lis_paper: float = Field(description="mean over layers of m * max slot load / total load: the copy on a unit of its own")
     lower_bound: float = Field(description="proven: no plan within these bytes and this error has a lower `lis`")
     output_error: float | None = Field(
-        description="relative root-mean-square error of the layers' routed output, layers weighted by their sensitivity where "
+        description="relative root-mean-square error of the layers' routed output, weighted by the experts' sensitivity where "
         "the profile measured it; null when it did not measure the error"
     )
     least_error: float | None = Field(
@@ -112,7 +113,7 @@ class Predicted(BaseModel):
     kl: float | None = Field(
         default=None,
         description="KL divergence in nats per token that the error comes to; null when the profile did not measure "
-        "the layers' sensitivity",
+        "the experts' sensitivity",
     )
     bytes: int = Field(description="bytes of all slots, scales counted")
     budget_bytes: int = Field(description="bytes of all units together")
@@ -136,7 +137,9 @@ class Plan(BaseModel):
         allows_duplicates: two slots of one expert on one unit are let through, as published placement algorithms make them.
         unit_bytes: what one unit holds at most, over all layers together.
         dispatch: which copy serves which token (`even` = by shares, deterministic in a token's own position).
-        exactness: `exact` when every slot keeps the model's own precision, else `weights`.
+        exactness: `exact` when every slot keeps the model's own precision, else `weights`; `routing` when another policy than
+            the model's own chooses experts; `capacity` when experts are left out.
+        kept: experts that each layer keeps, in rising order; None keeps them all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -155,6 +158,7 @@ class Plan(BaseModel):
     unit_bytes: int = Field(ge=1)
     dispatch: Dispatch = "even"
     exactness: Exactness
+    kept: tuple[tuple[int, ...], ...] | None = None
     layers: tuple[LayerPlan, ...]
     predicted: Predicted | None = None
 
@@ -166,15 +170,44 @@ class Plan(BaseModel):
             raise ValueError(f"layers: the plan has {len(self.layers)} layers, its model has {len(self.model.layers)}")
         if self.units % self.nodes:
             raise ValueError(f"nodes: {self.units} units cannot be divided among {self.nodes} nodes evenly")
+        if self.kept is not None and len(self.kept) != len(self.layers):
+            raise ValueError(f"kept: the plan has {len(self.layers)} layers, kept has {len(self.kept)}")
         for index, (layer, facts) in enumerate(zip(self.layers, self.model.layers, strict=True)):
-            problem = _problem(layer, facts.num_experts, self.units, self.allows_duplicates)
+            kept = None if self.kept is None else self.kept[index]
+            problem = _problem(layer, facts.num_experts, self.units, self.allows_duplicates, kept)
             if problem:
                 raise ValueError(f"layers.{index}.{problem}")
-        native = {self.model.dtype}
-        mixed = any(set(layer.precisions) != native for layer in self.layers)
-        if mixed != (self.exactness == "weights"):
-            raise ValueError(f"exactness: '{self.exactness}' does not match the precisions of the slots")
+        if self.exactness != self._promise():
+            raise ValueError(f"exactness: '{self.exactness}' does not match what the plan does, which is '{self._promise()}'")
         return self
+
+    def _promise(self) -> Exactness:
+        """The strongest promise that holds for all that the plan does."""
+        if self.prunes:
+            return "capacity"
+        if self.routing_policy != "native":
+            return "routing"
+        native = {self.model.dtype}
+        return "weights" if any(set(layer.precisions) != native for layer in self.layers) else "exact"
+
+    @property
+    def prunes(self) -> bool:
+        """Whether experts are left out."""
+        if self.kept is None:
+            return False
+        return any(len(kept) < facts.num_experts for kept, facts in zip(self.kept, self.model.layers, strict=True))
+
+    def require_all_experts(self, purpose: str) -> None:
+        """Raise `PlanError` when the plan leaves out experts, which is done by writing a smaller model, not by slots.
+
+        Args:
+            purpose: what the plan was to be used for, as in "to be applied".
+        """
+        if self.prunes:
+            raise PlanError(
+                f"the plan leaves out experts, so it is not {purpose}; prune the model with it (equipoise prune), then profile "
+                "and plan the pruned model."
+            )
 
     def unit_load(self, load_LE: NDArray[Any]) -> Floats:
         """[L, U] tokens that each unit serves when an expert's tokens are split by the shares.
@@ -234,11 +267,14 @@ class Plan(BaseModel):
     def to_json(self) -> str:
         """The plan as JSON text: one line per column of a layer, so that two plans diff well."""
         data = self.model_dump(mode="json", by_alias=True)
+        kept = data.pop("kept")
         columns = []
         for layer in data.pop("layers"):
             lines = ",\n".join(f"      {json.dumps(k)}: {json.dumps(v)}" for k, v in layer.items())
             columns.append("    {\n" + lines + "\n    }")
         head = json.dumps(data, indent=2, sort_keys=False)[:-2]
+        if kept is not None:
+            head += ',\n  "kept": [\n    ' + ",\n    ".join(map(json.dumps, kept)) + "\n  ]"
         return f'{head},\n  "layers": [\n' + ",\n".join(columns) + "\n  ]\n}\n"
 
     def save(self, path: str | Path) -> None:
@@ -267,7 +303,9 @@ class Plan(BaseModel):
         return cls.from_json(text, str(path))
 
 
-def _problem(layer: LayerPlan, num_experts: int, units: int, allows_duplicates: bool) -> str | None:
+def _problem(
+    layer: LayerPlan, num_experts: int, units: int, allows_duplicates: bool, kept: tuple[int, ...] | None = None
+) -> str | None:
     """What is wrong with one layer's slots, starting with the column's name; None when nothing is."""
     sizes = {name: len(getattr(layer, name)) for name in ("experts", "precisions", "units", "shares")}
     if len(set(sizes.values())) != 1:
@@ -275,7 +313,10 @@ def _problem(layer: LayerPlan, num_experts: int, units: int, allows_duplicates: 
     for expert in layer.experts:
         if not 0 <= expert < num_experts:
             return f"experts: expert id {expert} is out of range 0..{num_experts - 1}"
-    missing = sorted(set(range(num_experts)) - set(layer.experts))
+    if kept is not None and (list(kept) != sorted(set(kept)) or set(kept) != set(layer.experts)):
+        return f"experts: the slots hold experts {sorted(set(layer.experts))}, kept are {list(kept)}; they must be the same"
+    present = range(num_experts) if kept is None else kept
+    missing = sorted(set(present) - set(layer.experts))
     if missing:
         return f"experts: expert {missing[0]} has no slot ({len(missing)} missing); every expert needs at least one"
     for unit in layer.units:
@@ -292,8 +333,8 @@ def _problem(layer: LayerPlan, num_experts: int, units: int, allows_duplicates: 
     shares = np.asarray(layer.shares)
     if not np.isfinite(shares).all() or (shares < 0).any():
         return "shares: must be finite and not negative"
-    total = np.bincount(layer.experts, weights=shares, minlength=num_experts)
+    total = np.bincount(layer.experts, weights=shares, minlength=num_experts)[list(present)]
     if (np.abs(total - 1) > 1e-6).any():
         worst = int(np.abs(total - 1).argmax())
-        return f"shares: the shares of expert {worst} add up to {total[worst]:.6g}, must be 1"
+        return f"shares: the shares of expert {present[worst]} add up to {total[worst]:.6g}, must be 1"
     return None

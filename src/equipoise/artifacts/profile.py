@@ -60,11 +60,12 @@ class Profile:
         coactivation: [L, E, E] real tokens that chose both experts; empty when not recorded.
         importance: name -> [L, E] scores ("gate_norm", "leave_one_out", ...), higher is more important; "wanda" holds the raw
             score, whose LARGEST value R&Q takes for less important.
+        scenario_importance: name -> [S, L, E] the same of each scenario alone, for estimators that keep them apart ("easy_ep").
         output_error: precision name -> [L, E] sum over an expert's tokens of g^2 ||y_quantized - y||^2.
         output_energy: [L] sum over tokens of ||sum_e g_e y_e||^2, to which `output_error` is relative; a token counts for at
             most 100 of median energy, so that a few massive activations do not hide all others; empty when not measured.
-        sensitivity: [L] KL divergence of the model's predictions, in nats per token, for each unit of relative squared error
-            of the layer's routed output, as measured on small errors; empty when not measured.
+        sensitivity: [L, E] KL divergence of the model's predictions, in nats per predicted token, for each unit of relative
+            squared error that the expert causes in its layer's routed output; empty when not measured.
     """
 
     model: ModelFacts
@@ -77,9 +78,10 @@ class Profile:
     transitions: Ints = field(default_factory=lambda: np.zeros((0, 0, 0), np.int64))
     coactivation: Ints = field(default_factory=lambda: np.zeros((0, 0, 0), np.int64))
     importance: Mapping[str, Floats] = field(default_factory=dict)
+    scenario_importance: Mapping[str, Floats] = field(default_factory=dict)
     output_error: Mapping[str, Floats] = field(default_factory=dict)
     output_energy: Floats = field(default_factory=lambda: np.zeros(0, np.float64))
-    sensitivity: Floats = field(default_factory=lambda: np.zeros(0, np.float64))
+    sensitivity: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float64))
 
     def __post_init__(self) -> None:
         self._check()
@@ -131,6 +133,7 @@ class Profile:
             "sensitivity": self.sensitivity,
         }
         arrays |= {f"importance/{name}": a for name, a in self.importance.items()}
+        arrays |= {f"scenario_importance/{name}": a for name, a in self.scenario_importance.items()}
         arrays |= {f"output_error/{name}": a for name, a in self.output_error.items()}
         return arrays
 
@@ -146,10 +149,10 @@ class Profile:
             "transitions": [(max(n_layers - 1, 0), e, e), (0, 0, 0)],
             "coactivation": [(n_layers, e, e), (0, 0, 0)],
             "output_energy": [(n_layers,), (0,)],
-            "sensitivity": [(n_layers,), (0,)],
+            "sensitivity": [(n_layers, e), (0, 0)],
         }
         for name, array in self._arrays().items():
-            shapes = wanted.get(name, [(n_layers, e)])
+            shapes = wanted.get(name, [(s, n_layers, e) if name.startswith("scenario_") else (n_layers, e)])
             if array.shape not in shapes:
                 raise ProfileError(f"profile array '{name}' has shape {array.shape}, expected {shapes[0]}; record it again.")
         if self.counts.size and int(self.counts.min()) < 0:
@@ -182,7 +185,7 @@ class Profile:
             raise ProfileError(f"'{path}' is not a whole equipoise profile ({error}); record it again.") from error
         if header.get("schema") != SCHEMA:
             raise ProfileError(f"'{path}' has schema '{header.get('schema')}'; this version reads '{SCHEMA}'.")
-        fields: dict[str, Any] = {"importance": {}, "output_error": {}}
+        fields: dict[str, Any] = {"importance": {}, "scenario_importance": {}, "output_error": {}}
         for key, array in arrays.items():
             group, _, name = key.partition("/")
             if name:

@@ -54,6 +54,13 @@ def plan(
     bytes_fraction: Annotated[
         float | None, typer.Option("--bytes", help="bytes to use, as a fraction of the original's")
     ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(help="leave experts out by this score: easy-ep, reap, gate, frequency, leave-one-out or random"),
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="with --prune: part of each layer's experts to keep  [default: 0.5]")
+    ] = None,
     options: Options = None,
     dispatch: Annotated[
         str | None, typer.Option(help="which copy serves which token: even, least_loaded or gate_aware  [default: even]")
@@ -61,7 +68,7 @@ def plan(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Decide from a profile: copies, bits and units of a model's experts, or their placement on an engine's ranks."""
+    """Decide from a profile: copies, bits and units of experts, their placement on an engine's ranks, or which to leave out."""
     from equipoise.artifacts import Plan, Profile
     from equipoise.planning.methods import make_plan
     from equipoise.reporting.rows import plan_rows
@@ -88,13 +95,29 @@ def plan(
         "dispatch": dispatch,
     }
     given |= {name: value for name, value in placement.items() if value is not None}
+    if prune is not None:
+        if method is not None or ranks is not None:
+            raise EquipoiseError("--prune decides which experts stay, and nothing else; leave out --method and --ranks.")
+        chosen, given = "prune", given | {"score": prune.replace("_", "-")}
+    if keep is not None:
+        given["keep"] = keep
     result = make_plan(measured, chosen, units=units if ranks is None else ranks, seed=seed, **given)
     if note and result.predicted is not None:
         notes = f"{note}. {result.predicted.note}".strip()
         result = result.model_copy(update={"predicted": result.predicted.model_copy(update={"note": notes})})
     if out:
         result.save(out)
-    show(as_json, plan_rows(result), plan_tables(result), out)
+    told: list[str] = []
+    if result.prunes:
+        from equipoise.planning.prune import score_kept, warning
+
+        held = score_kept(measured, result)
+        told = [
+            f"part of the score that the experts kept hold: {held.mean():.3f} (mean over layers), {held.min():.3f} (least); "
+            "it is no measure of quality",
+            warning(result),
+        ]
+    show(as_json, plan_rows(result) | ({"notes": told} if told else {}), [*plan_tables(result), *told], out)
 
 
 def frontier(
@@ -125,31 +148,41 @@ def frontier(
     show(as_json, rows, [frontier_table(rows)], None)
 
 
-def inspect(file: Annotated[Path, typer.Argument(help="a profile, a plan or an evaluation")], as_json: Json = False) -> None:
-    """Print a profile, a plan or an evaluation as tables."""
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a profile, a plan, a routing policy or an evaluation")], as_json: Json = False
+) -> None:
+    """Print a profile, a plan, a routing policy or an evaluation as tables."""
     from equipoise.artifacts import Plan, Profile
+    from equipoise.artifacts.routing import RoutingPolicy
     from equipoise.pipeline import read_artifact
     from equipoise.reporting import rows, tables
+    from equipoise.reporting.routing import policy_rows, policy_tables
 
     value = read_artifact(file)
     if isinstance(value, Profile):
         show(as_json, rows.profile_rows(value), tables.profile_tables(value), None)
     elif isinstance(value, Plan):
         show(as_json, rows.plan_rows(value), tables.plan_tables(value), None)
+    elif isinstance(value, RoutingPolicy):
+        told = policy_rows(value)
+        show(as_json, told, policy_tables(told), None)
     else:
         show_evaluation(as_json, value, None)
 
 
 def methods(as_json: Json = False) -> None:
-    """List methods, estimators, dispatch rules and engines by name, with their sources."""
+    """List methods, estimators, dispatch rules, routing and streaming policies and engines by name, with their sources."""
+    from equipoise.dispatch.choice import RULES
     from equipoise.engines.registry import READERS, WRITERS
+    from equipoise.execution.routing_attach import POLICIES
     from equipoise.planning.methods import METHODS
+    from equipoise.planning.prune_scores import PRUNING
+    from equipoise.planning.streaming import POLICIES as STREAMING
     from equipoise.profiling.importance import IMPORTANCE
     from equipoise.quantization.methods import METHODS as ROUNDING
     from equipoise.reporting.listing import methods_table
-    from equipoise.simulation.choice import RULES
 
-    registries = (METHODS, IMPORTANCE, ROUNDING, RULES, READERS, WRITERS)
+    registries = (METHODS, PRUNING, IMPORTANCE, ROUNDING, RULES, POLICIES, STREAMING, READERS, WRITERS)
     rows = {
         registry.kind: [{"name": e.name, "summary": e.summary, "source": e.source} for e in registry] for registry in registries
     }

@@ -18,6 +18,7 @@ from equipoise.arguments import (
     Json,
     Model,
     Options,
+    PolicyFile,
     Quiet,
     Scenario,
     Seed,
@@ -57,6 +58,7 @@ def apply(
     options: Options = None,
     workers: Workers = None,
     spill: SpillTo = None,
+    policy: PolicyFile = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -72,7 +74,7 @@ def apply(
     decided = Plan.load_file(plan)
     rows = _Text(text, scenario, field, tokens, seq_len, batch_size, seed)
     calibration = _calibration(model, method, rows, assignments(options), workers, spill, device, dtype, quiet)
-    _carry_out(model, lambda facts: decided, out, method, calibration, device, dtype, as_json, quiet)
+    _carry_out(model, lambda facts: decided, out, method, calibration, device, dtype, as_json, quiet, policy)
 
 
 def quantize(
@@ -173,8 +175,11 @@ def _carry_out(
     dtype: str,
     as_json: bool,
     quiet: bool,
+    policy: Path | None = None,
 ) -> None:
     """Open the model to be read layer by layer, put the plan on it, and show what is known of the rounding."""
+    from equipoise.artifacts.routing import RoutingPolicy
+    from equipoise.execution.routing_attach import attach_policy
     from equipoise.execution.streamed import apply_streamed
     from equipoise.models.layers import model_facts
     from equipoise.profiling.loading import load_model, load_tokenizer
@@ -185,6 +190,8 @@ def _carry_out(
         streamed = load_model(model, dtype=dtype, device=device, memory=0)
         facts = model_facts(streamed, model)
         decided = decide(facts)
+        if policy is not None:
+            attach_policy(streamed, RoutingPolicy.load_file(policy))
         bar.stage("rounding", len(decided.layers), "MoE layers")
         reports = apply_streamed(
             streamed, load_tokenizer(model), decided, out, method=method, calibration=calibration, progress=bar.set

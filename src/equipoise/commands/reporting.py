@@ -69,6 +69,7 @@ def read_evidence(given: list[str]) -> Evidence:
         EquipoiseError: a file is none of the values, or there are two where one is allowed.
     """
     from equipoise.artifacts import Evaluation, Plan, Profile
+    from equipoise.artifacts.routing import RoutingPolicy
     from equipoise.pipeline import read_artifact
     from equipoise.reporting.evidence import Evidence
 
@@ -80,6 +81,8 @@ def read_evidence(given: list[str]) -> Evidence:
         file = Path(path if equals and not Path(word).exists() else word)
         points = _frontier(file)
         value = points if points is not None else read_artifact(file)
+        if isinstance(value, RoutingPolicy):
+            raise EquipoiseError(f"'{file}' is a routing policy, which a report does not show; print it with inspect.")
         if isinstance(value, Plan):
             label = name if str(file) != word else file.name.removesuffix(".json").removesuffix(".plan")
             if label in plans:

@@ -18,6 +18,7 @@ from equipoise.arguments import (
     Method,
     Model,
     Options,
+    PolicyFile,
     Quiet,
     Scenario,
     Seed,
@@ -64,6 +65,7 @@ def balance(
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 4,
     seed: Seed = 0,
+    policy: PolicyFile = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -82,8 +84,8 @@ def balance(
         model, read(files, field), out, heldout=read(held_files, field) or None, method=method, compare=names(compare),
         units=units, plan_options=plan_options(error_bound, None, options), dispatch=dispatch, rounding=rounding,
         own_text=own_text, tokens=tokens, heldout_tokens=heldout_tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
-        tasks=task or (), task_dir=task_dir, limit=limit, dtype=dtype, device=device, files=files, progress=not quiet,
-        say=say(quiet),
+        tasks=task or (), task_dir=task_dir, limit=limit, policy=policy, dtype=dtype, device=device, files=files,
+        progress=not quiet, say=say(quiet),
     )  # fmt: skip
     show_evaluation(as_json, result.evaluation, result.model_directory)
 

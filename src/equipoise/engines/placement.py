@@ -49,6 +49,7 @@ def physical_slots(plan: Plan, engine: str, *, per_layer: bool = False, duplicat
         PlanError: the plan has several precisions in one layer, unequal slots, or duplicates that the engine rejects; the
             message says which plan is nearest.
     """
+    plan.require_all_experts(f"a placement for {engine}")
     ranks, widths = plan.units, [facts.num_experts for facts in plan.model.layers]
     if len(set(widths)) > 1:
         raise PlanError(

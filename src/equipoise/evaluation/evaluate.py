@@ -15,11 +15,13 @@ from equipoise.artifacts.plan import Plan
 from equipoise.errors import EquipoiseError, ModelError, PlanError
 from equipoise.evaluation import language
 from equipoise.evaluation.balance import Balance, measure
+from equipoise.evaluation.permutation import batch_order_kl
 from equipoise.evaluation.statistics import paired_difference
 from equipoise.evaluation.tasks import ItemScores, LoadedTask, load_tasks, run_task
 from equipoise.execution.apply import expert_bytes
 from equipoise.execution.hf_quantizer import plan_of
 from equipoise.models.layers import model_facts
+from equipoise.models.policy_marks import policy_of
 from equipoise.profiling.forward import evaluation_mode
 from equipoise.profiling.progress import ProgressBar
 from equipoise.profiling.sequences import Rows
@@ -41,6 +43,7 @@ class _Entrant:
     plan: Plan | None
     texts: list[TextResult] = field(default_factory=list)
     tasks: list[TaskResult] = field(default_factory=list)
+    batch_order_kl: float | None = None
     seconds: float = 0.0
 
 
@@ -101,6 +104,8 @@ def evaluate(
         raise EquipoiseError(f"a batch of {batch_size} sequences is none; --batch-size must be at least 1.")
     entrants = [_Entrant(name, model, plan_of(model)) for name, model in contenders.items()]
     reference = _Entrant("base", base, None)
+    if policy_of(base) is not None:
+        raise ModelError("the base runs under a routing policy; take that off first (detach_policy), or load it again.")
     if plan_of(base) is not None:
         raise ModelError("the base is itself a balanced model; give the model it was made from as the base.")
     facts = model_facts(base, base_name or getattr(base.config, "_name_or_path", "") or type(base).__name__)
@@ -121,6 +126,9 @@ def evaluate(
         found = [_run_text(rows, reference, entrants, units, batch_size, bar) for rows in cut.values()]
         for text in [*found, _together(found)] if len(found) > 1 else found:
             _report_text(text, entrants)
+        for entrant in entrants:
+            if policy_of(entrant.model) is not None and cut:
+                entrant.batch_order_kl = batch_order_kl(entrant.model, next(iter(cut.values())), batch_size, seed)
         for task in loaded:
             _run_task(
                 task, reference, entrants, units, bar,
@@ -154,11 +162,12 @@ def _contender(entrant: _Entrant, exact_kl: float) -> Contender:
     return Contender(
         name=entrant.name,
         plan_method=plan.method if plan else NO_PLAN,
-        exactness=plan.exactness if plan else NO_PLAN,
+        exactness=plan.exactness if plan else NO_PLAN if policy_of(entrant.model) is None else "routing",
         promise_kept=all(text.kl.value <= exact_kl for text in entrant.texts) if exact else None,
         expert_bytes=expert_bytes(entrant.model),
         texts=tuple(entrant.texts),
         tasks=tuple(entrant.tasks),
+        batch_order_kl=entrant.batch_order_kl,
         seconds=entrant.seconds,
     )
 

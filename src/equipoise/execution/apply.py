@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from equipoise.artifacts import Plan
+from equipoise.artifacts.routing import require_policy
 from equipoise.errors import EquipoiseError, ModelError, PlanError, unknown_name
 from equipoise.execution.families import family_of
 from equipoise.execution.hf_quantizer import mark_balanced
@@ -17,6 +18,7 @@ from equipoise.execution.layerwise import Batch, Calibration, Progress, quantize
 from equipoise.execution.slots import ExpertSlots, slots_of
 from equipoise.models.fingerprint import check_weights
 from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors, find_moe_layers, model_facts
+from equipoise.models.policy_marks import policy_id
 from equipoise.models.streamed import streamed_of
 from equipoise.precisions import precision
 from equipoise.quantization.formats import to_float
@@ -46,7 +48,8 @@ def apply_plan(
     each layer is rounded on what reaches it when all layers before it are rounded already (`execution.layerwise`).
 
     Args:
-        model: the model that the plan was made for, unquantized.
+        model: the model that the plan was made for, unquantized, running under the plan's routing policy (`attach_policy`),
+            with which it is then saved.
         plan: what to do.
         method: rounding of the quantized formats (`quantization.methods.METHODS`).
         batches: calibration text, such as `profiling.sequences.make_batches` gives; methods that use Hessians need it, and
@@ -63,7 +66,7 @@ def apply_plan(
         the same model, changed in place; it saves, loads and generates like any other.
 
     Raises:
-        PlanError: the plan belongs to another model, or the model carries a plan already.
+        PlanError: the plan belongs to another model or routing policy, or the model carries a plan already.
         ModelError: the model has no MoE layers, is quantized or sharded otherwise, or has NaN or infinite experts.
         EquipoiseError: unknown method or option, or a method that needs text and got none.
     """
@@ -73,6 +76,8 @@ def apply_plan(
         raise ModelError("the model is quantized already; plans are applied to 16- or 32-bit models.")
     if streamed_of(model) is not None:
         raise ModelError("the model is read from its files layer by layer; carry the plan out with apply_streamed.")
+    require_policy(plan.routing_policy, policy_id(model), "applied")
+    plan.require_all_experts("carried out by slots")
     plan.check_model(model_facts(model, plan.model.name))
     layers = find_moe_layers(model)
     _check(model, plan, layers, method, batches is not None)

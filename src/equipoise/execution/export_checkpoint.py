@@ -133,7 +133,7 @@ def write_checkpoint(
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         names = source.experts.others()
-        shards = _Shards(temporary)
+        shards = Shards(temporary)
         for name in names:
             shards.add(name, source.files[name])
         other_bytes = shards.total
@@ -150,7 +150,7 @@ def write_checkpoint(
     return shards.total, shards.total - other_bytes
 
 
-class _Shards:
+class Shards:
     """Files of a checkpoint, written as soon as one is full."""
 
     def __init__(self, directory: Path) -> None:

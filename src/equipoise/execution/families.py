@@ -21,6 +21,7 @@ from equipoise.execution.slot_group import Activation
 from equipoise.execution.slots import ExpertSlots
 from equipoise.models.adapters.base import nonzero_topk
 from equipoise.models.layers import MoELayer
+from equipoise.models.policy_marks import MARK
 
 IMPLEMENTATION = "equipoise"
 Forward = Callable[..., Any]
@@ -38,7 +39,7 @@ class Family:
     def bind(self, layer: MoELayer, slots: ExpertSlots) -> None:
         """Put slots in the place of a layer's weights."""
         experts = layer.experts
-        if getattr(experts, "_is_expert_parallel", False):
+        if getattr(experts, "_is_expert_parallel", False) and not layer.sent.drops:
             raise ModelError("the model runs under transformers' expert parallelism; load it without `distributed_config`.")
         slots.activate = self.activation(experts)
         self.clear(experts)
@@ -48,6 +49,12 @@ class Family:
         slots.family = self
         if not hasattr(experts, "_is_expert_parallel"):  # not decorated: its forward never asks for an implementation
             experts.forward = MethodType(experts_forward, experts)
+
+    def rebind(self, layer: MoELayer, slots: ExpertSlots) -> None:
+        """Put other slots in the place of those that a layer has."""
+        experts: Any = layer.experts
+        slots.activate, slots.family = experts.slots.activate, self
+        experts.slots = slots
 
     def activation(self, experts: nn.Module) -> Activation:
         """What lies between up and down."""
@@ -63,7 +70,9 @@ class Family:
         """The forward of the experts module."""
         hidden_TD, expert_TK, weight_TK = call
         after = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
-        return slots(hidden_TD, expert_TK, weight_TK, slots.activate, after, self.partial)
+        mark = getattr(experts, MARK, None)
+        partial = self.partial or (mark is not None and mark.drops)
+        return slots(hidden_TD, expert_TK, weight_TK, slots.activate, after, partial)
 
 
 class Between:
@@ -128,6 +137,14 @@ class Llama4(Family):
         super().bind(layer, slots)
         slots.scores, slots.top_k = None, layer.top_k
         block.router.register_forward_hook(RememberScores(slots))
+
+    def rebind(self, layer: MoELayer, slots: ExpertSlots) -> None:
+        """The hook of the router gives its scores to the new slots."""
+        super().rebind(layer, slots)
+        slots.scores, slots.top_k = None, layer.top_k
+        for hook in layer.ancestors[-1].router._forward_hooks.values():
+            if isinstance(hook, RememberScores):
+                hook.slots[0] = slots
 
     def activation(self, experts: Any) -> Activation:
         """The same product, the other way round."""

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from equipoise.artifacts import Plan
 from equipoise.errors import CheckpointError
 from equipoise.execution.balanced_config import METHOD, EquipoiseConfig, plan_of
+from equipoise.models.policy_marks import policy_of
 
 __all__ = ["EquipoiseQuantizer", "mark_balanced", "plan_of"]
 
@@ -55,7 +56,14 @@ class EquipoiseQuantizer(HfQuantizer):  # type: ignore[misc]
             for name, tensor in slots.state_dict(keep_vars=True).items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(f"MoE layer {slots.layer} is not whole: its tensor '{name}' is missing; save again.")
-        mark_balanced(model, self.quantization_config.read_plan(), self.quantization_config.int8_activations)
+        config = self.quantization_config
+        policy, plan = config.read_policy(), config.read_plan()
+        if policy is not None:
+            from equipoise.execution.routing_attach import attach_policy
+
+            policy.check_model(plan.model)
+            attach_policy(model, policy, check=False)
+        mark_balanced(model, plan, config.int8_activations)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -81,7 +89,7 @@ def mark_balanced(model: Any, plan: Plan, int8_activations: bool, rounding: Mapp
 
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, EquipoiseConfig):
-        config = EquipoiseConfig(plan, int8_activations=int8_activations, rounding=rounding)
+        config = EquipoiseConfig(plan, int8_activations=int8_activations, rounding=rounding, policy=policy_of(model) or "")
     model.config.quantization_config = config
     if hasattr(model.config, "transformers_weights"):
         del model.config.transformers_weights

@@ -20,6 +20,9 @@ from equipoise.quantization.formats import QuantizedMatrix
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TRACKER = "_equipoise_tracker"
+"""Attribute of a model: its `SharedTracker`."""
+
 Ready = Mapping[tuple[int, str], tuple[QuantizedMatrix, QuantizedMatrix]]
 """Up and down of an expert by (expert, name of the precision), rounded already."""
 
@@ -53,16 +56,25 @@ def install(
 
 def begin_install(model: PreTrainedModel, layers: Sequence[MoELayer]) -> SharedTracker:
     """Make a model run those of its layers from slots that have them, and put on it the hooks that know the tokens."""
-    tracker = SharedTracker(model, layers)
-    tracker.__enter__()
+    tracker = shared_tracker(model, layers)
     if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
         ExpertsInterface.register(IMPLEMENTATION, experts_forward)
     model.set_experts_implementation(IMPLEMENTATION)
     return tracker
 
 
+def shared_tracker(model: PreTrainedModel, layers: Sequence[MoELayer]) -> SharedTracker:
+    """The tracker of a model, put on it for good when it has none: slots and routing policies go by the same tokens."""
+    tracker: SharedTracker | None = getattr(model, TRACKER, None)
+    if tracker is None:
+        tracker = SharedTracker(model, layers)
+        tracker.__enter__()
+        setattr(model, TRACKER, tracker)
+    return tracker
+
+
 class SharedTracker(TokenTracker):
-    """The tracker of a balanced model. Its hooks know it by reference, so a deep copy of the model shares it."""
+    """The tracker of a model with slots or a routing policy. Its hooks refer to it: deep copies of the model share it."""
 
     def __deepcopy__(self, memo: Any) -> SharedTracker:
         return self

@@ -234,13 +234,17 @@ def _sent(layer: MoELayer, call: Call, tracker: TokenTracker, spill: Spill) -> t
                 "another dtype (bf16 has more range than fp16)."
             )
         found.append((spill.move(hidden[real]), experts[real], weights[real]))
-        raise _SeenError
+        if len(found) == layer.events:
+            raise _SeenError
 
     handle = observe(layer, keep)
     try:
         call.run()
     except _SeenError:
-        return found[0]
+        if layer.events == 1:
+            return found[0]
+        hidden, experts, weights = (torch.cat(part) for part in zip(*found, strict=True))
+        return hidden, experts, weights
     finally:
         handle.remove()
     raise ModelError(f"the calibration text passes {layer.path} by; give batches that use all of the model.")

@@ -102,6 +102,11 @@ class SlotGroup(nn.Module):  # type: ignore[misc]
         """Bytes of all slots, scales and biases counted."""
         return sum(t.nbytes for t in [*self.parameters(), *self.buffers()])
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(out, in) of up and of down."""
+        return self._shape("up"), self._shape("down")
+
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def write(
         self, slot: int, matrices: Sequence[Tensor | QuantizedMatrix], biases: Sequence[Tensor], method: str = "rtn"
@@ -258,6 +263,51 @@ class SlotGroup(nn.Module):  # type: ignore[misc]
         zeros = unpack_zeros(stored["zeros"], rows, self.form) if "zeros" in stored else None
         codes = (unpack(slot, columns, self.form) for slot in stored["packed"])
         return NibbleKernel.pack(self.form.bits, codes, stored["scales"], zeros)
+
+    def like(self, slots: int, form: Precision | None = None, native: torch.dtype | None = None) -> SlotGroup:
+        """An empty group for slots of the same experts.
+
+        Args:
+            slots: number of slots.
+            form: storage format; this group's own when omitted.
+            native: the model's dtype, needed for another format.
+        """
+        held: dict[str, Tensor] = {**self._parameters, **self._buffers}
+        # What a kernel has laid out anew has no device of its own; kernels with layouts run on the CPU.
+        device = next((t.device for t in held.values() if t.device.type != "meta"), torch.device("cpu"))
+        shapes = [self._shape("up"), self._shape("down")]
+        with torch.inference_mode(False):
+            if form is not None and form != self.form:
+                assert native is not None, "another format needs the model's dtype"
+                group = SlotGroup(
+                    form, slots, shapes, native=form.is_float and FLOAT_DTYPES[form.name] == native, biases=self.has_biases,
+                    dtype=native, device=device, rotated=self.rotated,
+                )  # fmt: skip
+                group.int8_activations = self.int8_activations
+                return group
+            group = SlotGroup.__new__(SlotGroup)
+            nn.Module.__init__(group)
+            for name in ("form", "native", "columns", "has_biases", "int8_activations", "rotated"):
+                setattr(group, name, getattr(self, name))
+            group._packed = {}
+            for name, tensor in held.items():
+                group._hold(name, (slots, *tensor.shape[1:]), tensor.dtype, device)
+        return group
+
+    def contents(self) -> dict[str, Tensor]:
+        """All stored tensors by name, as `unpack` puts them back, while a kernel's own layout stays in use.
+
+        Forwards may be running in other threads.
+        """
+        with PACKING:
+            laid_out = dict(self._packed)
+            tensors: dict[str, Tensor] = {**self._parameters, **self._buffers}
+        with torch.inference_mode(False), torch.no_grad():
+            for name, kernel in laid_out.items():
+                tensors[f"{name}_packed"] = pack_codes(kernel.codes(), self.form)
+                if isinstance(kernel, NibbleKernel):
+                    tensors[f"{name}_scales"] = kernel.row_scales()
+        return tensors
 
     def unpack(self) -> None:
         """Put the stored tensors back, bit for bit, where a kernel had laid them out anew: before they are read or moved."""

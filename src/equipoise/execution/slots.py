@@ -5,7 +5,7 @@ Shapes: T tokens, K top-k, S selections, N rows sorted by slot, D model width, P
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,11 @@ class Batch(Protocol):
         """[T] index among the sequence's own real tokens."""
         ...
 
+    @property
+    def decode(self) -> bool:
+        """A cache and one new token per sequence."""
+        ...
+
 
 class ExpertSlots(nn.Module):  # type: ignore[misc]
     """All slots of one layer, with the dispatch that picks one for each selection.
@@ -48,7 +53,15 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
         listeners: who is told the slot of each selection.
     """
 
-    def __init__(self, plan: LayerPlan, layer: int, stack: str, units: int, groups: dict[str, SlotGroup]) -> None:
+    def __init__(
+        self,
+        plan: LayerPlan,
+        layer: int,
+        stack: str,
+        units: int,
+        groups: dict[str, SlotGroup],
+        held: Sequence[int] | None = None,
+    ) -> None:
         """Slots of one layer.
 
         Args:
@@ -56,7 +69,8 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
             layer: index among the MoE layers.
             stack: name of the stack the layer is in.
             units: parallel units U.
-            groups: storage of each precision, with as many slots as the plan has of it, in the plan's order.
+            groups: storage of each precision, with as many slots as are held of it, in the plan's order.
+            held: the slots whose weights are here; all of the plan's when omitted.
         """
         super().__init__()
         self.plan, self.layer, self.stack, self.units = plan, layer, stack, units
@@ -64,8 +78,9 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
         self.listeners: list[Listener] = []
         self.copies = dispatch.Copies.of(plan, layer)
         self.num_experts = len(self.copies.number_E)
-        self.order = [slot for name in groups for slot in range(plan.num_slots) if canonical(plan.precisions[slot]) == name]
-        assert len(self.order) == plan.num_slots, "every slot of the plan needs a group"
+        here = range(plan.num_slots) if held is None else held
+        self.order = [slot for name in groups for slot in here if canonical(plan.precisions[slot]) == name]
+        assert len(self.order) == len(here), "every slot needs a group"
         self._places: dict[torch.device, Tensor] = {}
         self.batches: Callable[[str, int], Batch] | None = None
         for name, group in groups.items():
@@ -108,8 +123,9 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
         if after is not None:
             y_ND = after(y_ND)
         if partial:
+            y_ND = y_ND * weight_S[order_S, None]  # gate weights may be of more bits than the experts
             out_TD = torch.zeros(tokens, y_ND.shape[1], dtype=y_ND.dtype, device=y_ND.device)
-            return out_TD.index_add_(0, token_S[order_S], y_ND * weight_S[order_S, None]).to(hidden_TD.dtype)
+            return out_TD.index_add_(0, token_S[order_S], y_ND).to(hidden_TD.dtype)
         # Back in the order of tokens and summed in that order: deterministic on every device.
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         if y_ND.dtype == torch.float32:  # in one pass
@@ -118,6 +134,25 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
         # In 16 bits as transformers does it, bit for bit: products are rounded before they are summed.
         y_ND = y_ND * weight_S[order_S, None]
         return y_ND[back_S].view(tokens, k, -1).sum(1).to(hidden_TD.dtype)
+
+    def exchange(self, other: ExpertSlots) -> None:
+        """Change plan and storage with other slots of the same layer; what else belongs to the place stays.
+
+        Done again, it undoes itself. No forward may be running.
+
+        Args:
+            other: slots that no model runs.
+        """
+        mine, theirs = self.groups, other.groups
+        for slots, old, new in ((self, mine, theirs), (other, theirs, mine)):
+            for group in old:
+                delattr(slots, module_name(group.form.name))
+            for group in new:  # what else is a module, such as a family's activation, belongs to the place
+                slots.add_module(module_name(group.form.name), group)
+        for name in ("plan", "copies", "num_experts", "order", "_places"):
+            ours, others = getattr(self, name), getattr(other, name)
+            setattr(self, name, others)
+            setattr(other, name, ours)
 
     def serve(
         self, x_SD: Tensor, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor, activate: Activation
@@ -141,21 +176,11 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
         place_N, order_S = torch.sort(self._place(slot_S.device)[slot_S], stable=True)
         count_P = torch.bincount(place_N, minlength=self.plan.num_slots)
         row_N = (token_S if row_S is None else row_S)[order_S]
-        groups = self.groups
-        native = next((t.dtype for group in groups if group.native for t in group.parameters()), x.dtype)
-        x = x.to(native)
-        if x.device.type == "cuda" and (launched := mixed_experts(groups, x, row_N, count_P, activate)) is not None:
-            return order_S, launched
-        if len(groups) == 1:
-            return order_S, groups[0](x, row_N, count_P, activate)
-        counts = count_P.tolist()
-        outputs, start, first = [], 0, 0
-        for group in groups:
-            rows = sum(counts[first : first + len(group)])
-            if rows:
-                outputs.append(group(x, row_N[start : start + rows], count_P[first : first + len(group)], activate))
-            start, first = start + rows, first + len(group)
-        return order_S, torch.cat(outputs) if outputs else x.new_empty(0, x.shape[1])
+        return order_S, compute(self.groups, x.to(self.input_dtype(x)), row_N, count_P, activate)
+
+    def input_dtype(self, x: Tensor) -> torch.dtype:
+        """What inputs are computed in: the dtype of the slots in the model's own precision, or else the inputs' own."""
+        return next((t.dtype for group in self.groups if group.native for t in group.parameters()), x.dtype)
 
     def _dispatch(self, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor) -> Tensor:
         copies = self.copies.to(expert_S.device)
@@ -180,10 +205,37 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
     def _place(self, device: torch.device) -> Tensor:
         """[P] where each slot of the plan is stored."""
         if device not in self._places:
-            place = torch.empty(self.plan.num_slots, dtype=torch.long, device="cpu")
-            place[torch.tensor(self.order, device="cpu")] = torch.arange(self.plan.num_slots, device="cpu")
+            place = torch.full((self.plan.num_slots,), -1, dtype=torch.long, device="cpu")
+            place[torch.tensor(self.order, dtype=torch.long, device="cpu")] = torch.arange(len(self.order), device="cpu")
             self._places[device] = place.to(device)
         return self._places[device]
+
+
+def compute(groups: Sequence[SlotGroup], x_TD: Tensor, row_N: Tensor, count_P: Tensor, activate: Activation) -> Tensor:
+    """Outputs of the slots of some groups, without gate weights.
+
+    Args:
+        groups: in the order of their slots.
+        x_TD: inputs.
+        row_N: which of them each row is, rows sorted by slot.
+        count_P: rows of each slot, over all groups.
+        activate: what lies between the two matrices of an expert.
+
+    Returns:
+        [N, D] in the dtype of the inputs.
+    """
+    if x_TD.device.type == "cuda" and (launched := mixed_experts(groups, x_TD, row_N, count_P, activate)) is not None:
+        return launched
+    if len(groups) == 1:
+        return groups[0](x_TD, row_N, count_P, activate)
+    counts = count_P.tolist()
+    outputs, start, first = [], 0, 0
+    for group in groups:
+        rows = sum(counts[first : first + len(group)])
+        if rows:
+            outputs.append(group(x_TD, row_N[start : start + rows], count_P[first : first + len(group)], activate))
+        start, first = start + rows, first + len(group)
+    return torch.cat(outputs) if outputs else x_TD.new_empty(0, x_TD.shape[1])
 
 
 def canonical(name: str) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.artifacts import Plan
 from equipoise.artifacts.files import write_atomic
+from equipoise.artifacts.routing import require_policy
 from equipoise.errors import EquipoiseError, ModelError
 from equipoise.execution.balanced_config import WEIGHTS_INDEX
 from equipoise.execution.checkpoint import PLAN_FILE, keep_others, put_in_place, refuse_other_model, work_directory
@@ -30,6 +31,7 @@ from equipoise.execution.install import begin_install, build_slots, fill_slots, 
 from equipoise.execution.layerwise import Calibration, Progress, check_calibration, round_layers
 from equipoise.models.blocks import moe_blocks
 from equipoise.models.layers import MoELayer, find_moe_layers, model_facts
+from equipoise.models.policy_marks import policy_id
 from equipoise.models.streamed import Streamed, streamed_of
 from equipoise.models.tensor_files import TensorFiles, write_tensors
 from equipoise.quantization.methods import METHODS
@@ -55,7 +57,7 @@ def apply_streamed(
     """Balance a streamed model and save it, holding one transformer layer at a time.
 
     Args:
-        model: what `models.streamed.open_streamed` opened; used up by this.
+        model: what `models.streamed.open_streamed` opened, under the plan's routing policy; used up by this.
         tokenizer: saved beside it, if given.
         plan: what to do; of this model.
         out: directory of the balanced model, for `checkpoint.load` and `from_pretrained`.
@@ -116,6 +118,8 @@ def _check(
         raise EquipoiseError(f"quantization method '{method}' needs calibration text; give some, or use 'rtn'.")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError("the model is quantized already; plans are applied to 16- or 32-bit models.")
+    require_policy(plan.routing_policy, policy_id(model), "applied")
+    plan.require_all_experts("carried out by slots")
     plan.check_model(model_facts(model, plan.model.name))  # reads all weights, and finds those that are not numbers
     return {"method": method} if calibration is None else calibration.record()
 

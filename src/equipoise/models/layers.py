@@ -24,6 +24,7 @@ from equipoise.models.adapters import (
 )
 from equipoise.models.adapters.base import forward_names
 from equipoise.models.fingerprint import check_weights, fingerprint
+from equipoise.models.policy_marks import MARK, RoutingMark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,7 @@ class MoELayer:
         model_layer: index of the transformer layer within its stack.
         path: module path of the experts module.
         num_experts: routed experts E.
-        top_k: routed experts that a token is sent to.
+        top_k: routed experts that a token is sent to, by all routing events together.
         num_shared: shared experts, which every token visits.
         matrices: (out, in) of each weight matrix of one expert.
         vector_elements: elements of one expert's biases.
@@ -80,6 +81,8 @@ class MoELayer:
         adapter: how this family is read.
         ancestors: modules that contain the experts module, outermost first.
         balanced: its weights have become the slots of a plan; `matrices` and `dtype` tell what they were.
+        events: how often one forward pass calls the experts, each time with an equal part of `top_k`; 1 for all but chains
+            of experts.
     """
 
     index: int
@@ -98,11 +101,18 @@ class MoELayer:
     adapter: ExpertsAdapter = field(repr=False)
     ancestors: tuple[nn.Module, ...] = field(repr=False)
     balanced: bool = False
+    events: int = 1
 
     @property
     def layout(self) -> str:
         """Name of the family of experts modules it belongs to."""
         return self.adapter.layout
+
+    @property
+    def sent(self) -> RoutingMark:
+        """What a routing policy sends to its experts; top-k of them, all real, under the model's own."""
+        mark: RoutingMark = getattr(self.experts, MARK, None) or RoutingMark(self.top_k, False)
+        return mark
 
     @property
     def facts(self) -> LayerFacts:
@@ -220,18 +230,21 @@ class _Origin:
     matrices: tuple[tuple[int, int], ...]
     vector_elements: int
     dtype: str
+    events: int
 
     @classmethod
     def of(cls, adapter: ExpertsAdapter, experts: nn.Module, ancestors: Sequence[nn.Module]) -> _Origin:
         matrices = adapter.expert_matrices(experts, 0)
+        events = int(getattr(ancestors[-1], "routing_events", 1))
         return cls(
             adapter=adapter,
             num_experts=adapter.num_experts(experts),
-            top_k=adapter.top_k(experts, ancestors),
+            top_k=adapter.top_k(experts, ancestors) * events,
             num_shared=adapter.num_shared(experts, ancestors),
             matrices=tuple((int(m.shape[0]), int(m.shape[1])) for m in matrices),
             vector_elements=sum(v.numel() for v in adapter.expert_vectors(experts, 0)),
             dtype=storage_name(matrices),
+            events=events,
         )
 
 

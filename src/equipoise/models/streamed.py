@@ -39,6 +39,7 @@ class Streamed:
         model: its skeleton: the tensors of layers that are not held are on the meta device.
         files: the checkpoint.
         blocks: module path of each transformer layer -> names of its tensors in the files.
+        states: module path of each transformer layer -> names of its tensors in the model's state dict.
         targets: name in the files -> name in the model's state dict (the first, where one is made into several).
         on_demand: whether a layer that is run is read first; otherwise by `load` alone.
         digest: the model's fingerprint, once it is known; all weights are read for it.
@@ -58,12 +59,12 @@ class Streamed:
         state = model.state_dict()
         self.targets = {name: target for name in self.files if (target := self._target(name, state)) in state}
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-        self._names: dict[str, list[str]] = {path: [] for path in all_blocks(model, find_moe_layers(model))}
+        self.states: dict[str, list[str]] = {path: [] for path in all_blocks(model, find_moe_layers(model))}
         for name in state:
             if name not in tied and (path := self._block_of(name)) is not None:
-                self._names[path].append(name)
-        self.blocks: dict[str, list[str]] = {path: [] for path in self._names}
-        mine = {name: path for path, names in self._names.items() for name in names}
+                self.states[path].append(name)
+        self.blocks: dict[str, list[str]] = {path: [] for path in self.states}
+        mine = {name: path for path, names in self.states.items() for name in names}
         self._resident: list[str] = []
         for name in self.files:
             self.blocks.get(mine.get(self.targets.get(name, ""), ""), self._resident).append(name)
@@ -79,7 +80,7 @@ class Streamed:
         self.drop()
         info = self._convert(self.blocks[path])
         problems = [*info.conversion_errors, *(key for key, *_ in info.mismatched_keys)]
-        missing = sorted(info.missing_keys & {*self._names[path]})
+        missing = sorted(info.missing_keys & {*self.states[path]})
         if problems or missing:
             raise ModelError(
                 f"'{self.model.config.name_or_path}' lacks weights of {path}, such as '{[*problems, *missing][0]}'; copy the "
@@ -139,7 +140,7 @@ class Streamed:
     def load_resident(self) -> Any:
         """Read what is always held, and mark the rest, so that transformers does not fill it with random numbers."""
         info = self._convert(self._resident)
-        for path, names in self._names.items():
+        for path, names in self.states.items():
             info.missing_keys -= {*names}
             for name in names:
                 self.model.get_parameter_or_buffer(name)._is_hf_initialized = True
@@ -152,7 +153,7 @@ class Streamed:
 
     def _block_of(self, name: str) -> str | None:
         parts = name.split(".")
-        return next((path for depth in range(len(parts), 0, -1) if (path := ".".join(parts[:depth])) in self._names), None)
+        return next((path for depth in range(len(parts), 0, -1) if (path := ".".join(parts[:depth])) in self.states), None)
 
     def _convert(self, names: Sequence[str]) -> Any:
         """Bring some tensors of the files into the model by transformers' own rules."""

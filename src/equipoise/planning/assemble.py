@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from equipoise import __version__
 from equipoise.artifacts import LayerPlan, Plan, Predicted, Profile
 from equipoise.artifacts.profile import first_problem
+from equipoise.artifacts.routing import NATIVE
 from equipoise.errors import PlanError
 from equipoise.metrics import lis
 from equipoise.planning.bound import lower_bound
@@ -64,7 +65,8 @@ def assemble(
         )
         for rows in np.split(order, starts)
     )
-    exact = set(names.tolist()) == {profile.model.dtype}
+    policy = profile.source.routing_policy
+    exact = "exact" if set(names.tolist()) == {profile.model.dtype} else "weights"
     try:
         plan = Plan(
             method=method,
@@ -72,12 +74,12 @@ def assemble(
             seed=seed,
             equipoise_version=__version__,
             profile_sha256=profile.source.text_sha256,
-            routing_policy=profile.source.routing_policy,
+            routing_policy=policy,
             model=profile.model,
             units=budget.units,
             unit_bytes=budget.unit_bytes,
             dispatch=dispatch,  # type: ignore[arg-type]  # validated by the model
-            exactness="exact" if exact else "weights",
+            exactness=exact if policy == NATIVE else "routing",  # type: ignore[arg-type]  # validated by the model
             layers=layers,
         )
     except ValidationError as error:

@@ -40,8 +40,8 @@ def dispatched_lis(slots: Slots, look: Outlook) -> Floats:
     for layer, (expert_N, unit_N) in enumerate(_by_layer(slots, len(look.load))):
         p_WE = _windows(look, layer)
         if len(p_WE):
-            flow = _even(expert_N[None], p_WE)
-            scores[layer] = _fit(expert_N[None], unit_N[None], p_WE, look.units, flow, ROUNDS)[1].max(-1).mean()
+            flow = even_flows(expert_N[None], p_WE)
+            scores[layer] = fit_flows(expert_N[None], unit_N[None], p_WE, look.units, flow, ROUNDS)[1].max(-1).mean()
     return scores
 
 
@@ -86,7 +86,9 @@ class _Layer:
 def _improve_layer(here: _Layer, expert_N: Ints, unit_N: Ints, steps: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
     n_slots, n_experts = len(expert_N), here.p_WE.shape[1]
     candidates = max(8, WORK // (n_slots * len(here.p_WE)))
-    flow_WN = _fit(expert_N[None], unit_N[None], here.p_WE, here.units, _even(expert_N[None], here.p_WE), ROUNDS)[0][0]
+    flow_WN = fit_flows(expert_N[None], unit_N[None], here.p_WE, here.units, even_flows(expert_N[None], here.p_WE), ROUNDS)[0][
+        0
+    ]
     stale = 0
     for _ in range(steps):
         load_WU = _load(unit_N[None], flow_WN[None], here.units)[0]
@@ -99,10 +101,10 @@ def _improve_layer(here: _Layer, expert_N: Ints, unit_N: Ints, steps: int, rng: 
         if len(unit_CN):
             moved = (expert_CN != expert_N) | (unit_CN != unit_N)
             # A changed slot starts with an even part of its expert's load, all others with what they serve now.
-            start = np.where(moved[:, None], _even(expert_CN, here.p_WE), flow_WN)
-            flow_CWN, load_CWU = _fit(expert_CN, unit_CN, here.p_WE, here.units, np.maximum(start, 1e-6), QUICK)
+            start = np.where(moved[:, None], even_flows(expert_CN, here.p_WE), flow_WN)
+            flow_CWN, load_CWU = fit_flows(expert_CN, unit_CN, here.p_WE, here.units, np.maximum(start, 1e-6), QUICK)
             top = np.argsort(load_CWU.max(-1).mean(-1), kind="stable")[:FINALISTS]
-            flow_CWN, load_CWU = _fit(expert_CN[top], unit_CN[top], here.p_WE, here.units, flow_CWN[top], ROUNDS)
+            flow_CWN, load_CWU = fit_flows(expert_CN[top], unit_CN[top], here.p_WE, here.units, flow_CWN[top], ROUNDS)
             score_C = load_CWU.max(-1).mean(-1)
             winner = int(score_C.argmin())
             if score_C[winner] < now - LEAST_GAIN:
@@ -112,7 +114,7 @@ def _improve_layer(here: _Layer, expert_N: Ints, unit_N: Ints, steps: int, rng: 
         if stale > max(4, steps // 4):
             break
         # What is not improved is fitted on, so that candidates are compared with what the placement can do.
-        flow_WN = _fit(expert_N[None], unit_N[None], here.p_WE, here.units, flow_WN[None], QUICK)[0][0]
+        flow_WN = fit_flows(expert_N[None], unit_N[None], here.p_WE, here.units, flow_WN[None], QUICK)[0][0]
     return expert_N, unit_N
 
 
@@ -147,8 +149,16 @@ def _changes(
     return expert_CN, unit_CN
 
 
-def _even(expert_CN: Ints, p_WE: Floats) -> Floats:
-    """[C, W, N] flows when each expert's load is split evenly among its copies."""
+def even_flows(expert_CN: Ints, p_WE: Floats) -> Floats:
+    """Flows when each expert's load is split evenly among its copies.
+
+    Args:
+        expert_CN: expert of each slot of each candidate.
+        p_WE: scaled load of each window.
+
+    Returns:
+        [C, W, N] load that each slot serves.
+    """
     n_experts = p_WE.shape[1]
     rows = np.arange(len(expert_CN))[:, None]
     copies_CE = np.bincount((rows * n_experts + expert_CN).ravel(), minlength=len(expert_CN) * n_experts)
@@ -156,8 +166,20 @@ def _even(expert_CN: Ints, p_WE: Floats) -> Floats:
     return np.asarray(p_WE[:, expert_CN].transpose(1, 0, 2) * share_CN[:, None])
 
 
-def _fit(expert_CN: Ints, unit_CN: Ints, p_WE: Floats, units: int, flow_CWN: Floats, rounds: int) -> tuple[Floats, Floats]:
-    """[C, W, N] flows after some rounds of scaling units to load 1 and experts to their own load, and [C, W, U] loads."""
+def fit_flows(expert_CN: Ints, unit_CN: Ints, p_WE: Floats, units: int, flow_CWN: Floats, rounds: int) -> tuple[Floats, Floats]:
+    """Flows fitted towards level units: some rounds of scaling units to load 1 and experts to their own load, in turn.
+
+    Args:
+        expert_CN: expert of each slot of each candidate.
+        unit_CN: unit of each slot.
+        p_WE: scaled load of each window.
+        units: U.
+        flow_CWN: to start from; what is zero stays so.
+        rounds: how many.
+
+    Returns:
+        [C, W, N] flows and [C, W, U] loads of the units.
+    """
     c, w, _ = flow_CWN.shape
     n_experts = p_WE.shape[1]
     rows = (np.arange(c)[:, None] * w + np.arange(w))[:, :, None]

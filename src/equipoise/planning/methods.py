@@ -14,6 +14,7 @@ from equipoise.planning.budget import default_units
 from equipoise.planning.eplb import eplb
 from equipoise.planning.exact import rq_exact
 from equipoise.planning.linear import contiguous, round_robin
+from equipoise.planning.prune import prune
 from equipoise.planning.replan import incremental
 from equipoise.planning.replicate_quantize import rq, rq_paper
 from equipoise.planning.robust import robust
@@ -73,6 +74,11 @@ METHODS.register(
     summary="a token's next expert on its rank or node: crossings between layers against balance",
     source="ExFlow (arXiv:2401.08383), extended to top-k and copies",
 )(exflow)
+METHODS.register(
+    "prune",
+    summary="experts that a domain does not need are left out, as many in every layer; class capacity",
+    source="EASY-EP (arXiv:2504.06792) and baselines",
+)(prune)
 METHODS.register(
     "incremental",
     summary="the plan in force improved by the steps that gain most, with a bound on the slots that move",

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from equipoise import __version__
 from equipoise.artifacts import LayerPlan, Plan, Predicted, Profile
 from equipoise.artifacts.plan import Dispatch, LayerForecast
+from equipoise.artifacts.routing import NATIVE
 from equipoise.errors import PlanError
 from equipoise.metrics import lis
 from equipoise.planning.load import contiguous as unplanned
@@ -253,7 +254,7 @@ def rank_plan(
         allows_duplicates=any(f.duplicates for f in forecasts),
         unit_bytes=max(1, unit_bytes),  # 1 where sizes are not known
         dispatch=dispatch,
-        exactness="exact",
+        exactness="exact" if profile.source.routing_policy == NATIVE else "routing",
         layers=tuple(layers),
     )
     raw_LR = unplanned(profile.widths, ranks).unit_load(load, ranks)

@@ -44,6 +44,7 @@ class Evidence:
             raise EquipoiseError("nothing to report; give a profile, plans or an evaluation.")
         model = self.model
         for plan in self.plans.values():
+            plan.require_all_experts("reported beside the whole model's traffic")
             if self.profile is not None:
                 plan.check_profile(self.profile)
             elif model is not None:

@@ -166,7 +166,7 @@ def memory_figure(evidence: Evidence) -> Figure | None:
     marks = [
         (k + 1, plan.units * plan.unit_bytes / size, "what the units hold")
         for k, plan in enumerate(evidence.plans.values())
-        if plan.exactness == "weights"
+        if any({*layer.precisions} != {plan.model.dtype} for layer in plan.layers)
     ]
     if evidence.evaluation is not None:
         marks.append((0, evidence.evaluation.base_expert_bytes / size, "measured from the tensors"))

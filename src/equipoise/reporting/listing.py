@@ -29,7 +29,8 @@ def frontier_table(rows: Mapping[str, Any]) -> Table:
 
 def methods_table(kind: str, entries: Iterable[Mapping[str, str]]) -> Table:
     """The methods of one registry, one a row."""
-    table = Table(title=f"{kind}s", title_justify="left", box=box.SIMPLE_HEAD)
+    plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+    table = Table(title=plural, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("name", no_wrap=True)
     table.add_column("what it does")
     table.add_column("source", style="dim")

@@ -105,6 +105,7 @@ def plan_rows(plan: Plan) -> Rows:
         "dispatch": plan.dispatch,
         "exactness": plan.exactness,
         "routing_policy": plan.routing_policy,
+        "kept": None if plan.kept is None else [list(kept) for kept in plan.kept],
         "units": plan.units,
         "nodes": plan.nodes,
         "unit_bytes": plan.unit_bytes,

@@ -154,10 +154,12 @@ def _conclusion(contender: Rows) -> Text:
     verdict = (
         "" if gone is None else f", {_percent(abs(gone))} {'of the' if gone >= 0 else 'more'} imbalance{' gone' * (gone >= 0)}"
     )
+    order = contender["batch_order_kl"]
+    told = "" if order is None else f"; another order of the same batch: KL {order:.1e} nats"
     return Text.from_markup(
         f"[bold]{escape(contender['name'])}[/bold]: LIS {fixed(text['lis_base'])} -> {fixed(text['lis'])}{verdict}; "
         f"{_percent(contender['bytes_of_base'])} of the bytes; perplexity {100 * change['value']:+.2f} % "
-        f"({100 * change['low']:+.2f}..{100 * change['high']:+.2f})"
+        f"({100 * change['low']:+.2f}..{100 * change['high']:+.2f}){told}"
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equipoise.errors import ModelError
 from equipoise.models.adapters.base import Callback, Handle, Layer
+from equipoise.models.adapters.offloaded import in_reach
 
 STREAMED = "_equipoise_streamed"
 """Attribute of a model whose layers are read from disk when they are used: its `models.streamed.Streamed`."""
@@ -41,12 +42,15 @@ def expert_matrices(layer: Layer, expert: int) -> list[Tensor]:
     streamed = getattr(layer.ancestors[0], STREAMED, None)
     if streamed is not None:
         streamed.fetch(layer.path)
-    return layer.adapter.expert_matrices(layer.experts, expert)
+    with in_reach(layer.experts) as device:
+        matrices = layer.adapter.expert_matrices(layer.experts, expert)
+    return matrices if device is None else [matrix.to(device) for matrix in matrices]
 
 
 def expert_vectors(layer: Layer, expert: int) -> list[Tensor]:
     """The biases of one expert, `layer.vector_elements` elements in all; views of the model's weights."""
-    return layer.adapter.expert_vectors(layer.experts, expert)
+    with in_reach(layer.experts):
+        return layer.adapter.expert_vectors(layer.experts, expert)
 
 
 def run_expert(layer: Layer, expert: int, x_TD: Tensor, matrices: Sequence[Tensor] | None = None) -> Tensor:
@@ -61,7 +65,9 @@ def run_expert(layer: Layer, expert: int, x_TD: Tensor, matrices: Sequence[Tenso
     Returns:
         y_TD: [T, D] outputs.
     """
-    return layer.adapter.run(layer.experts, expert, x_TD, expert_matrices(layer, expert) if matrices is None else matrices)
+    matrices = expert_matrices(layer, expert) if matrices is None else matrices
+    with in_reach(layer.experts):
+        return layer.adapter.run(layer.experts, expert, x_TD, matrices)
 
 
 def expert_hidden(layer: Layer, expert: int, x_TD: Tensor, ups: Sequence[Tensor]) -> Tensor:
@@ -76,7 +82,8 @@ def expert_hidden(layer: Layer, expert: int, x_TD: Tensor, ups: Sequence[Tensor]
     Returns:
         [T, F] activations.
     """
-    return layer.adapter.hidden(layer.experts, expert, x_TD, ups)
+    with in_reach(layer.experts):
+        return layer.adapter.hidden(layer.experts, expert, x_TD, ups)
 
 
 def gated_expert(

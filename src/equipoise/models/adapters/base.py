@@ -185,6 +185,28 @@ def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return [*args[:count], *(kwargs[name] for name in names)]
 
 
+def expert_of(stack: Tensor, expert: int) -> Tensor:
+    """One expert's part of stacked weights: a view of them.
+
+    Where each process of a group holds the whole experts of a stretch of the stack (transformers' expert parallelism), a copy
+    from the one that holds it; then all processes have to ask, in the same order.
+    """
+    mesh: Any = getattr(stack, "device_mesh", None)
+    if mesh is None:
+        return stack[expert]
+    from torch.distributed import broadcast, get_global_rank
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(stack, DTensor), "what is laid out over devices is a DTensor"
+    if mesh.ndim != 1 or not stack.placements[0].is_shard(0) or stack.shape[0] % mesh.size():
+        return stack[expert].full_tensor()
+    owner, row = divmod(expert, stack.shape[0] // mesh.size())
+    local = stack.to_local().detach()
+    part = local[row].contiguous() if owner == mesh.get_local_rank() else local.new_empty(stack.shape[1:])
+    broadcast(part, get_global_rank(mesh.get_group(), owner), group=mesh.get_group())
+    return part
+
+
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer in the weight's dtype, whatever the input's and the bias's are."""
     return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))

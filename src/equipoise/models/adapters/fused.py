@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from equipoise.models.adapters.base import Callback, ExpertsAdapter, Handle, Layer, affine, call_arguments
+from equipoise.models.adapters.base import Callback, ExpertsAdapter, Handle, Layer, affine, call_arguments, expert_of
 
 
 class Fused(ExpertsAdapter):
@@ -35,12 +35,12 @@ class Fused(ExpertsAdapter):
         """[gate and up] (or up) and down, each (out, in), as views."""
         stacks = (getattr(experts, self._up_name(experts)), experts.down_proj)
         transposed = getattr(experts, "is_transposed", False)
-        return [stack[expert].T if transposed else stack[expert] for stack in stacks]
+        return [expert_of(stack, expert).T if transposed else expert_of(stack, expert) for stack in stacks]
 
     def expert_vectors(self, experts: nn.Module, expert: int) -> list[Tensor]:
         """Biases of up and down where the family has them."""
         biases = (getattr(experts, f"{name}_bias", None) for name in (self._up_name(experts), "down_proj"))
-        return [bias[expert] for bias in biases if bias is not None]
+        return [expert_of(bias, expert) for bias in biases if bias is not None]
 
     def hidden(self, experts: nn.Module, expert: int, x_TD: Tensor, ups: Sequence[Tensor]) -> Tensor:
         """gate(up(x)), with the module's own gate and biases."""
@@ -80,15 +80,19 @@ class Fused(ExpertsAdapter):
 
 
 class SkipClass(Fused):
-    """Zaya: a router class beyond the experts means "skip"; the model rewrites it to expert 0 with weight 0."""
+    """No expert is written as expert 0 with weight 0.
+
+    Zaya's routers have a class beyond the experts that means "skip"; those of Dynamic MoE choose fewer experts for some tokens.
+    """
 
     layout = "fused-skip"
-    partial = "skip class of the router"
+    partial = "the router chose fewer experts"
 
     def matches(self, experts: nn.Module, ancestors: Sequence[nn.Module]) -> bool:
-        """A fused family whose router has one class more than there are experts."""
+        """A fused family whose router has one class more than there are experts, or chooses by mass."""
         router = getattr(ancestors[-1], self.router_name(ancestors) or "", None)
-        return super().matches(experts, ancestors) and hasattr(router, "num_router_classes")
+        marked = hasattr(router, "num_router_classes") or hasattr(router, "router_top_p")
+        return super().matches(experts, ancestors) and marked
 
     def _seen(self, layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return hidden, ids.masked_fill((ids == 0) & (weights == 0), layer.num_experts), weights

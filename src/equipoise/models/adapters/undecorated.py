@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.models.adapters.base import Callback, ExpertsAdapter, Handle, Layer, affine, call_arguments, nonzero_topk
+from equipoise.models.adapters.base import (
+    Callback,
+    ExpertsAdapter,
+    Handle,
+    Layer,
+    affine,
+    call_arguments,
+    expert_of,
+    nonzero_topk,
+)
 from equipoise.models.adapters.fused import Fused, _is_stacked
 
 
@@ -24,7 +33,7 @@ class Llama4(Fused):
 
     def expert_matrices(self, experts: nn.Module, expert: int) -> list[Tensor]:
         """Stored (in, out)."""
-        return [experts.gate_up_proj[expert].T, experts.down_proj[expert].T]
+        return [expert_of(experts.gate_up_proj, expert).T, expert_of(experts.down_proj, expert).T]
 
     def observe(self, layer: Layer, callback: Callback) -> Handle:
         """Hook the router, whose scores are sigmoid(logit) for the chosen experts and 0 for the others."""
