@@ -59,6 +59,7 @@ def test_it_learns_and_leaves_a_model_that_transformers_loads(make_recipe, lab_d
     last = json.loads((tmp_path / "run/watch.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 60
     assert len(last["lis"]) == 2
+    assert last["experts_per_token"] == {"up": 2.0, "down": 2.0}
     assert min(last["lis"]) >= 1
 
 

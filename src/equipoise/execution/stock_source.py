@@ -207,6 +207,7 @@ def _plan(directory: Path, own: Plan | None, given: Plan | None) -> Plan:
 def _check(plan: Plan, model: PreTrainedModel, layers: Sequence[MoELayer], directory: Path) -> None:
     """The plan's layers must be the model's: the weights, which would tell two models of one shape apart, are not read."""
     plan.require_all_experts("put on a whole model")
+    plan.require_native_routing("a stock checkpoint")
     wanted = [(facts.num_experts, facts.matrices) for facts in plan.model.layers]
     found = [(layer.num_experts, layer.matrices) for layer in layers]
     kind = model.config.model_type

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import equipoise.lab.recipes  # noqa: F401  registers what recipe files name
 from equipoise.errors import EquipoiseError
 from equipoise.lab.extensions import ARCHITECTURES
 from equipoise.lab.recipe import Recipe, RecipeError

@@ -28,12 +28,14 @@ class HeldOut:
 
     Attributes:
         nll_D, scored_D: summed negative log-likelihood in nats, and tokens it is over, by domain name.
+        tokens_DL: [D, L] tokens that passed each layer.
         load_DLE: [D, L, E] selections of each expert; no layers for a dense model.
         width_L: [L] routed experts of each layer.
     """
 
     nll_D: dict[str, float]
     scored_D: dict[str, int]
+    tokens_DL: NDArray[np.int64]
     load_DLE: NDArray[np.int64]
     width_L: NDArray[np.int64]
 
@@ -60,10 +62,17 @@ class HeldOut:
             return {}
         return {name: float(lis(load, self.width_L).mean()) for name, load in zip(self.nll_D, self.load_DLE, strict=True)}
 
+    def experts_per_token(self) -> dict[str, float]:
+        """Routed experts that a token visits, mean over tokens and layers, by domain; top-k unless the model drops some."""
+        visits_D = (self.load_DLE.sum(2) / self.tokens_DL).mean(1)
+        return dict(zip(self.nll_D, visits_D.tolist(), strict=True))
+
     def summary(self) -> dict[str, Any]:
         """Plain values for a log."""
         told: dict[str, Any] = {"perplexity": self.perplexity, "domain_perplexity": self.domain_perplexity()}
-        return told | self.balance() | ({"domain_lis": self.domain_lis()} if self.width_L.size else {})
+        if not self.width_L.size:
+            return told
+        return told | self.balance() | {"domain_lis": self.domain_lis(), "experts_per_token": self.experts_per_token()}
 
 
 def measure(model: Any, heldout: Mapping[str, Rows], *, batch_size: int = 8) -> HeldOut:
@@ -88,8 +97,11 @@ def measure(model: Any, heldout: Mapping[str, Rows], *, batch_size: int = 8) -> 
                 total, count = negative_log_likelihood(model, batch)
                 nll[name] += total
                 scored[name] += count
-    load = recorder.counts.sum(1) if recorder is not None else np.zeros((len(heldout), 0, 0), np.int64)
-    return HeldOut(nll, scored, load, np.array([layer.num_experts for layer in layers], np.int64))
+    width_L = np.array([layer.num_experts for layer in layers], np.int64)
+    if recorder is None:
+        none = (len(heldout), 0)
+        return HeldOut(nll, scored, np.zeros(none, np.int64), np.zeros((*none, 0), np.int64), width_L)
+    return HeldOut(nll, scored, recorder.tokens_by_layer.sum(1), recorder.counts.sum(1), width_L)
 
 
 def _moe_layers(model: Any) -> tuple[MoELayer, ...]:
