@@ -57,6 +57,7 @@ for command in (
     deciding.methods,
 ):
     app.command()(command)
+app.command("ls", help="Short for `methods`.")(deciding.methods)
 app.add_typer(routing.app, name="policy")
 app.add_typer(training.app, name="lab")
 

@@ -304,3 +304,12 @@ def test_a_model_of_a_serving_size(tmp_path):
         plan = plans[256 if engine == "lmdeploy" else 288]
         write_plan(plan, engine, tmp_path / FILES[engine])
         assert same(engine, plan, tmp_path / FILES[engine], 32), engine
+
+
+@pytest.mark.parametrize("engine", FILES)
+def test_a_plan_of_another_routing_policy_is_refused(tmp_path, profile, engine):
+    plan = placed(profile, RANKS, EXPERTS)
+    other = plan.model_copy(update={"routing_policy": "bias-1234", "exactness": "routing"})
+    with pytest.raises(PlanError, match="routing policy 'bias-1234'"):
+        write_plan(other, engine, tmp_path / FILES[engine])
+    assert not list(tmp_path.iterdir())

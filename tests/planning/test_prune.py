@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,3 +142,10 @@ def test_a_plan_file_whose_slots_are_not_the_kept_experts_is_refused():
         Plan.from_json(plan.model_copy(update={"kept": ((0, 1),) * 2}).to_json())
     with pytest.raises(PlanError, match="leaves out experts, so it is not carried out by slots"):
         plan.require_all_experts("carried out by slots")
+
+
+def test_a_profile_of_another_routing_policy_is_refused():
+    native = profile(gate_norm=np.ones((LAYERS, EXPERTS)))
+    other = replace(native, source=native.source.model_copy(update={"routing_policy": "top_p-1234"}))
+    with pytest.raises(PlanError, match="made under the routing policy 'top_p-1234'"):
+        make_plan(other, "prune", score="random")

@@ -197,6 +197,18 @@ class Plan(BaseModel):
             return False
         return any(len(kept) < facts.num_experts for kept, facts in zip(self.kept, self.model.layers, strict=True))
 
+    def require_native_routing(self, purpose: str) -> None:
+        """Raise `PlanError` when the plan was made for another routing policy than the model's own.
+
+        Args:
+            purpose: what the plan was to be used for, as in "a placement for vllm".
+        """
+        if self.routing_policy != "native":
+            raise PlanError(
+                f"this plan was made under the routing policy '{self.routing_policy}', which {purpose} does not carry out; "
+                "profile without --policy and plan from that."
+            )
+
     def require_all_experts(self, purpose: str) -> None:
         """Raise `PlanError` when the plan leaves out experts, which is done by writing a smaller model, not by slots.
 

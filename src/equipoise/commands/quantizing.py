@@ -142,10 +142,8 @@ def _calibration(
         given = {"--text": told.text, "--scenario": told.scenario, "--spill": spill, "--set": options or None}
         refuse_given(f"method '{method}' does not look at text", given)
         return None
-    from transformers import AutoConfig
-
     from equipoise.execution.layerwise import Calibration
-    from equipoise.profiling.loading import load_model, load_tokenizer
+    from equipoise.profiling.loading import load_config, load_model, load_tokenizer
     from equipoise.profiling.self_sampled import self_texts
     from equipoise.profiling.sequences import Framing, text_batches
 
@@ -157,7 +155,7 @@ def _calibration(
         whole = load_model(model, dtype=dtype, device=device)
         sentences = -(-told.tokens // told.seq_len)
         documents |= self_texts(whole, tokenizer, sentences=sentences, length=told.seq_len, seed=told.seed, progress=not quiet)
-    framing = Framing.of(tokenizer, AutoConfig.from_pretrained(model, trust_remote_code=False))
+    framing = Framing.of(tokenizer, load_config(model))
     batches = text_batches(
         documents, tokenizer, framing,
         tokens=told.tokens, seq_len=told.seq_len, batch_size=told.batch_size, seed=told.seed,

@@ -46,10 +46,11 @@ def physical_slots(plan: Plan, engine: str, *, per_layer: bool = False, duplicat
         L arrays [P]; slot j of P lies on rank j // (P / R).
 
     Raises:
-        PlanError: the plan has several precisions in one layer, unequal slots, or duplicates that the engine rejects; the
-            message says which plan is nearest.
+        PlanError: the plan leaves out experts, is of another routing policy, has several precisions in one layer, unequal
+            slots, or duplicates that the engine rejects; the message says which plan is nearest.
     """
     plan.require_all_experts(f"a placement for {engine}")
+    plan.require_native_routing(engine)
     ranks, widths = plan.units, [facts.num_experts for facts in plan.model.layers]
     if len(set(widths)) > 1:
         raise PlanError(

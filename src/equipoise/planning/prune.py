@@ -47,10 +47,16 @@ def prune(
 
     Raises:
         EquipoiseError: unknown score.
-        PlanError: a number or a domain out of range, a score that was not measured, or fewer experts than a token needs.
+        PlanError: a number or a domain out of range, a score that was not measured, another routing policy, or fewer experts
+            than a token needs.
     """
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
         raise PlanError(f"keep: {keep!r} given; allowed is a part of the experts above 0, at most 1, such as 0.5.")
+    if profile.source.routing_policy != "native":
+        raise PlanError(
+            f"this profile was made under the routing policy '{profile.source.routing_policy}', which a pruned stock model "
+            "does not carry out; profile without --policy."
+        )
     chosen = _domains(profile, domains)
     kept_LE = keep_experts(mixed(PRUNING.get(score)(profile, chosen, seed)), profile.model, keep)
     units = max(len(kept) for kept in kept_LE)

@@ -56,9 +56,7 @@ def load_model(
         raise ModelError(f"{given} are two ways to hold a large model; give one of them.")
     target = _device(device)
     _check_directory(name)
-    with _explained(name):
-        learn(str(PreTrainedConfig.get_config_dict(name)[0].get("model_type")))
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = load_config(name)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"dtype": DTYPES[dtype], "trust_remote_code": False}
     with _explained(name):
@@ -82,6 +80,17 @@ def load_model(
             f"'{name}' lacks {len(missing)} of the model's weights, such as '{missing[0]}'; copy the checkpoint again."
         )
     return model.eval()
+
+
+def load_config(name: str) -> Any:
+    """A model's configuration; architectures of our own are made known to transformers first.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    with _explained(name):
+        learn(str(PreTrainedConfig.get_config_dict(name)[0].get("model_type")))
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_tokenizer(name: str) -> Any:
