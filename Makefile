@@ -2,7 +2,9 @@
 # make test    the test suite
 # make lint    ruff and mypy
 # make test-engines   plans, records and the plug-in inside real engines (vLLM on a CPU, SGLang's parser); its own environment
-# make bench   the benchmarks in benchmarks/, with the defaults their pages quote (but those that need environments of their own)
+# make bench   the benchmarks behind the claims, side by side with their baselines, within 30 minutes; DATA=... gives them text
+# make docs    the documentation site, in its own environment
+# make graph-mowst   the graph example's comparison, in its own environment
 # make peers   environments with llm-compressor and GPTQModel, for benchmarks/quantization_peers.py
 # Each target makes its own environment in .venv from constraints.txt; PYTHON=... picks the interpreter, WORKERS=2 tests on two cores.
 
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 0
 ENGINES := .venv-engines
 
-.PHONY: demo test test-engines lint bench peers clean
+.PHONY: demo test test-engines lint bench peers docs graph-mowst clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,7 +53,25 @@ $(PEERS)/%/.installed: benchmarks/peers/%.txt
 	touch $@
 
 bench: $(VENV)/.installed
-	@for script in $(filter-out $(addprefix benchmarks/,baselines.py joint_plan_page.py peers_page.py quantization_page.py quantization_peers.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) --write docs/benchmarks.md
+
+DOCS := .venv-docs
+$(DOCS)/.installed: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet --site-dir out/site
+
+GRAPH := .venv-graph
+$(GRAPH)/.installed: pyproject.toml examples/graph_mowst/requirements.txt
+	$(PYTHON) -m venv $(GRAPH)
+	$(GRAPH)/bin/python -m pip install --quiet -c constraints.txt -r examples/graph_mowst/requirements.txt -e . pytest
+	touch $@
+
+graph-mowst: $(GRAPH)/.installed
+	$(GRAPH)/bin/python examples/graph_mowst/run.py --write --strong gcn sage
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(PEERS) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) $(PEERS) $(DOCS) $(GRAPH) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
