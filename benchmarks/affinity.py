@@ -37,11 +37,11 @@ from equipoise.lab import shelf
 from equipoise.lab.recipe import read_mix
 from equipoise.lab.text import domain_documents
 from equipoise.models.reference import demo_texts, reference_model_dir
-from equipoise.planning.affinity import MU, frontier, place
-from equipoise.planning.affinity_exact import by_layers, by_program
-from equipoise.planning.affinity_pairs import Affinity, affinity, chance_crossings, count_pairs, crossings, splits, traffic
-from equipoise.planning.affinity_search import search
-from equipoise.planning.affinity_task import make_task
+from equipoise.planning.affinity.exact import by_layers, by_program
+from equipoise.planning.affinity.exflow import MU, frontier, place
+from equipoise.planning.affinity.pairs import Affinity, affinity, chance_crossings, count_pairs, crossings, splits, traffic
+from equipoise.planning.affinity.search import search
+from equipoise.planning.affinity.task import make_task
 from equipoise.planning.eplb import eplb_placement
 from equipoise.profiling.loading import load_model, load_tokenizer
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.models.recorder import record
-from equipoise.planning.affinity import MU, place
-from equipoise.planning.affinity_pairs import affinity, chance_crossings, count_pairs, traffic
+from equipoise.planning.affinity.exflow import MU, place
+from equipoise.planning.affinity.pairs import affinity, chance_crossings, count_pairs, traffic
 from equipoise.profiling.forward import evaluation_mode, run_batch
 from equipoise.profiling.progress import ProgressBar
 from equipoise.profiling.sequences import Framing, text_batches

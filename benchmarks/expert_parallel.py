@@ -42,9 +42,9 @@ from transformers.distributed.expert_parallel import AllToAllEP
 
 from equipoise.artifacts import ModelFacts, Plan, Profile, Source
 from equipoise.artifacts.files import write_atomic
-from equipoise.execution.expert_parallel import parallelize, rank_slots, set_rank_dispatch
-from equipoise.execution.expert_parallel_meter import ParallelMeter
-from equipoise.execution.expert_parallel_ranks import Ranks
+from equipoise.execution.expert_parallel.meter import ParallelMeter
+from equipoise.execution.expert_parallel.ranks import Ranks
+from equipoise.execution.expert_parallel.runtime import parallelize, rank_slots, set_rank_dispatch
 from equipoise.models.layers import model_facts
 from equipoise.planning.methods import make_plan
 from equipoise.simulation.simulate import default_plan

@@ -19,7 +19,7 @@ from planning_traces import data_root, load_trace
 from equipoise.planning.eplb import eplb_placement
 from equipoise.planning.placement_bound import placement_bound
 from equipoise.planning.ranks import rank_load
-from equipoise.planning.robust_placement import robust_placement
+from equipoise.planning.robust.placement import robust_placement
 
 Floats = NDArray[np.float64]
 

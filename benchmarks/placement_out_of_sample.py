@@ -30,7 +30,7 @@ from equipoise.artifacts import LayerFacts, ModelFacts, Plan, Profile, Source
 from equipoise.artifacts.files import write_atomic
 from equipoise.metrics import balancedness
 from equipoise.planning.methods import make_plan
-from equipoise.planning.robust import robust
+from equipoise.planning.robust.method import robust
 
 Ints = NDArray[np.int64]
 

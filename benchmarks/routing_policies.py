@@ -27,8 +27,8 @@ from equipoise.artifacts.routing import RoutingPolicy
 from equipoise.evaluation.balance import unit_load
 from equipoise.evaluation.evaluate import evaluate
 from equipoise.execution.apply import apply_plan
-from equipoise.execution.routing_attach import attach_policy, routed
-from equipoise.execution.routing_fit import fit_policy
+from equipoise.execution.routing.attach import attach_policy, routed
+from equipoise.execution.routing.fit import fit_policy
 from equipoise.lab import shelf
 from equipoise.metrics import lis
 from equipoise.models.layers import find_moe_layers

@@ -31,17 +31,17 @@ from quantization_page import write_between
 
 from equipoise.artifacts import Plan, Profile
 from equipoise.artifacts.files import write_atomic
-from equipoise.execution.rebalance import Rebalancer, summary
-from equipoise.execution.rebalance_store import ExpertStore, apply_from_store
+from equipoise.execution.rebalance.rebalancer import Rebalancer, summary
+from equipoise.execution.rebalance.store import ExpertStore, apply_from_store
 from equipoise.lab import shelf
 from equipoise.lab.recipe import read_mix
 from equipoise.models.recorder import record
 from equipoise.models.reference import demo_texts
-from equipoise.planning.adaptive import adaptive
 from equipoise.planning.budget import sixteen_bit
 from equipoise.planning.methods import make_plan
-from equipoise.planning.stream_decision import Costs, Policy
-from equipoise.planning.streaming import make_policy
+from equipoise.planning.streaming.adaptive import adaptive
+from equipoise.planning.streaming.decision import Costs, Policy
+from equipoise.planning.streaming.policies import make_policy
 from equipoise.profiling.calibrate import profile
 from equipoise.profiling.forward import run_batch
 from equipoise.profiling.loading import load_model, load_tokenizer

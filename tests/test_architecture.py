@@ -109,7 +109,7 @@ def test_public_names_are_documented(path):
         "equipoise.reporting.page",
         "equipoise.reporting.simulation",
         "equipoise.reporting.live",
-        "equipoise.planning.streaming",
+        "equipoise.planning.streaming.policies",
         "equipoise.simulation.stream",
     ],
 )

@@ -168,7 +168,7 @@ def balance(
     from equipoise.evaluation.evaluate import evaluate
     from equipoise.execution.apply import apply_plan
     from equipoise.execution.layerwise import Calibration
-    from equipoise.execution.routing_attach import attach_policy, routed
+    from equipoise.execution.routing.attach import attach_policy, routed
     from equipoise.execution.streamed import apply_streamed
     from equipoise.profiling.calibrate import profile as measure
     from equipoise.profiling.loading import load_model, load_tokenizer

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 
@@ -15,6 +17,7 @@ import pytest
 from docs.fences import PAGES, REASONS, ROOT, Block, Command, blocks, commands, name_of, spans
 from docs.stage import Stage, given_names
 from equipoise import cli
+from equipoise.registry import Registry
 
 WITH_COMMANDS = [page for page in PAGES if any(b.language == "python" or list(commands(b)) for b in blocks(page))]
 
@@ -34,6 +37,16 @@ def tiny_profile(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     texts = {"chat": corpus(1, 24), "code": corpus(2, 24)}
     equipoise.profile(load_model(str(tiny_model_dir)), load_tokenizer(str(tiny_model_dir)), texts, tokens=800).save(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def registered_by_pages() -> Iterator[None]:
+    """What a page's example registered is taken out again; what the package registers when first imported stays."""
+    yield
+    for registry in [found for found in gc.get_objects() if type(found) is Registry]:
+        for name in registry.names():
+            if not str(registry.get(name).__module__).startswith("equipoise"):
+                del registry._entries[name]
 
 
 def run(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

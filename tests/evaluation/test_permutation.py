@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from equipoise.evaluation.permutation import batch_order_kl
-from equipoise.execution.routing_attach import routed
+from equipoise.execution.routing.attach import routed
 from equipoise.profiling.sequences import Framing, Rows
 from execution.routing_cases import fitted
 from models.architectures import tiny

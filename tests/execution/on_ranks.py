@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from equipoise.execution.expert_parallel_ranks import Ranks
+from equipoise.execution.expert_parallel.ranks import Ranks
 
 LIMIT_S = 120
 """Seconds after which a test's processes are ended."""

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from equipoise.artifacts.routing import RoutingPolicy
-from equipoise.execution.routing_fit import fit_policy
+from equipoise.execution.routing.fit import fit_policy
 from models.oracle import inputs_for, padded, sequences
 
 ACTIVE: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ import torch
 from equipoise.artifacts import Plan
 from equipoise.errors import CheckpointError, EquipoiseError, ModelError, PlanError
 from equipoise.execution.apply import apply_plan
-from equipoise.execution.expert_parallel import parallelize, rank_slots, set_rank_dispatch, unlike_copies
-from equipoise.execution.expert_parallel_meter import ParallelMeter
-from equipoise.execution.expert_parallel_ranks import Ranks, start_ranks
+from equipoise.execution.expert_parallel.meter import ParallelMeter
+from equipoise.execution.expert_parallel.ranks import Ranks, start_ranks
+from equipoise.execution.expert_parallel.runtime import parallelize, rank_slots, set_rank_dispatch, unlike_copies
 from equipoise.models.layers import model_facts
 from execution.helpers import make_plan, token_batch
 from execution.on_ranks import error, on_ranks, start

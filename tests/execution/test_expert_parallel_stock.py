@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise.execution.expert_parallel_ranks import Ranks
+from equipoise.execution.expert_parallel.ranks import Ranks
 from execution.helpers import token_batch
 from execution.on_ranks import on_ranks
 from models.architectures import tiny
@@ -23,7 +23,7 @@ def load_and_run(ranks: Ranks, directories: dict[str, str], batch: dict[str, tor
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    from equipoise.execution.expert_parallel_stock import register_stock
+    from equipoise.execution.expert_parallel.stock import register_stock
 
     os.environ |= {"RANK": str(ranks.rank), "LOCAL_RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.size)}
     register_stock(least=1, gate=1.0)

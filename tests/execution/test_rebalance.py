@@ -16,22 +16,23 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import equipoise.execution.rebalance as rebalance_module
+import equipoise.execution.rebalance.rebalancer as rebalance_module
 from equipoise.artifacts import ModelFacts, Plan
 from equipoise.errors import EquipoiseError, ModelError, PlanError
-from equipoise.execution import rebalance_swap, slot_group
+from equipoise.execution import slot_group
 from equipoise.execution.apply import apply_plan, expert_bytes
 from equipoise.execution.balanced_config import plan_of
 from equipoise.execution.checkpoint import load, save_balanced
 from equipoise.execution.kernels_int8 import has_int8_kernel
 from equipoise.execution.kernels_nibbles import has_nibble_kernel
-from equipoise.execution.rebalance import Rebalancer, summary
-from equipoise.execution.rebalance_gate import Gate, SwapPostponedError
-from equipoise.execution.rebalance_store import ExpertStore, apply_from_store, library_plan
+from equipoise.execution.rebalance import swap as rebalance_swap
+from equipoise.execution.rebalance.gate import Gate, SwapPostponedError
+from equipoise.execution.rebalance.rebalancer import Rebalancer, summary
+from equipoise.execution.rebalance.store import ExpertStore, apply_from_store, library_plan
 from equipoise.execution.slots import slots_of
 from equipoise.models.layers import model_facts
 from equipoise.models.recorder import record
-from equipoise.planning.stream_decision import Costs, Decision
+from equipoise.planning.streaming.decision import Costs, Decision
 from execution.helpers import make_plan, token_batch
 from models.architectures import tiny
 

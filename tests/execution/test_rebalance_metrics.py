@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from equipoise.artifacts import ModelFacts
 from equipoise.errors import EquipoiseError
 from equipoise.execution.apply import apply_plan
-from equipoise.execution.rebalance import Rebalancer
-from equipoise.execution.rebalance_metrics import StreamMetrics
-from equipoise.execution.rebalance_store import ExpertStore
-from equipoise.planning.stream_decision import Costs, Decision
+from equipoise.execution.rebalance.metrics import StreamMetrics
+from equipoise.execution.rebalance.rebalancer import Rebalancer
+from equipoise.execution.rebalance.store import ExpertStore
+from equipoise.planning.streaming.decision import Costs, Decision
 from equipoise.reporting.live import read_metrics
 from execution.helpers import make_plan, token_batch
 

@@ -18,9 +18,9 @@ from equipoise.artifacts.routing import RoutingPolicy
 from equipoise.errors import EquipoiseError, ModelError, PlanError
 from equipoise.execution.apply import apply_plan
 from equipoise.execution.checkpoint import load, save_balanced
-from equipoise.execution.routing import make_policy
-from equipoise.execution.routing_attach import attach_policy, detach_policy, routed
-from equipoise.execution.routing_fit import fit_policy
+from equipoise.execution.routing.attach import attach_policy, detach_policy, routed
+from equipoise.execution.routing.fit import fit_policy
+from equipoise.execution.routing.policies import make_policy
 from equipoise.models.choice import ChoiceTap
 from equipoise.models.layers import find_moe_layers, model_facts, observe
 from equipoise.models.policy_marks import policy_id, policy_of

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from equipoise.artifacts.routing import LayerRouting
 from equipoise.errors import EquipoiseError
-from equipoise.execution.routing import Here, make_policy, uniform
-from equipoise.execution.routing_drop import calibrated, keep_first, kept_count, mass_before
-from equipoise.execution.routing_pick import LaserStyle, fit_bias, least_loaded
+from equipoise.execution.routing.drop import calibrated, keep_first, kept_count, mass_before
+from equipoise.execution.routing.pick import LaserStyle, fit_bias, least_loaded
+from equipoise.execution.routing.policies import Here, make_policy, uniform
 from equipoise.models.choice import Choice
 from equipoise.models.tokens import TokenBatch
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from equipoise.artifacts import LayerFacts, ModelFacts, Profile, Source
 from equipoise.errors import PlanError
-from equipoise.planning.affinity import exflow, frontier, place, rename_alike
-from equipoise.planning.affinity_exact import by_layers, by_program
-from equipoise.planning.affinity_pairs import affinity, chance_crossings, count_pairs, crossings, load_ratio, splits, traffic
-from equipoise.planning.affinity_resplit import resplit
-from equipoise.planning.affinity_search import random, search, sweep
-from equipoise.planning.affinity_task import Task, keep_apart, make_task
+from equipoise.planning.affinity.exact import by_layers, by_program
+from equipoise.planning.affinity.exflow import exflow, frontier, place, rename_alike
+from equipoise.planning.affinity.pairs import affinity, chance_crossings, count_pairs, crossings, load_ratio, splits, traffic
+from equipoise.planning.affinity.resplit import resplit
+from equipoise.planning.affinity.search import random, search, sweep
+from equipoise.planning.affinity.task import Task, keep_apart, make_task
 from equipoise.planning.ranks import rank_plan, slots_of
 
 Ids = NDArray[np.int64]
@@ -33,7 +33,11 @@ def bench() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark_affinity", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # it imports its neighbours
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return module
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import PlanError
-from equipoise.planning.drift import Dwell, Window, js_noise, js_ratio, scatter
+from equipoise.planning.streaming.drift import Dwell, Window, js_noise, js_ratio, scatter
 
 
 def draws(rng: np.random.Generator, share_LE: np.ndarray, size: int) -> np.ndarray:

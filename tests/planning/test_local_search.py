@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.planning.local_search import Limits, exchange
-from equipoise.planning.robust_placement import without_duplicates
+from equipoise.planning.robust.placement import without_duplicates
 
 LAYERS, EXPERTS, RANKS = 3, 12, 4
 

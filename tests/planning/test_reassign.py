@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from equipoise.planning.reassign import LayerTask, path
+from equipoise.planning.streaming.reassign import LayerTask, path
 
 
 def task(experts, units, n_units, loads, kinds=None, shares=None, **options) -> LayerTask:

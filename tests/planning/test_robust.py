@@ -17,9 +17,9 @@ from equipoise.metrics import balancedness
 from equipoise.planning.eplb import eplb, eplb_placement
 from equipoise.planning.placement_bound import placement_bound
 from equipoise.planning.ranks import slots_of
-from equipoise.planning.robust import robust
-from equipoise.planning.robust_placement import rank_loads, robust_placement, without_duplicates
-from equipoise.planning.robust_risk import covariance, risk, scaled_load, token_covariance
+from equipoise.planning.robust.method import robust
+from equipoise.planning.robust.placement import rank_loads, robust_placement, without_duplicates
+from equipoise.planning.robust.risk import covariance, risk, scaled_load, token_covariance
 from planning.cases import make_facts
 
 

@@ -5,11 +5,11 @@ import pytest
 
 from equipoise.artifacts import Plan
 from equipoise.errors import EquipoiseError, PlanError
-from equipoise.planning.adaptive import Adaptive, adaptive
-from equipoise.planning.drift import Window
 from equipoise.planning.methods import make_plan
-from equipoise.planning.stream_decision import Costs, Entry, Ledger, mean_lis, moved, with_layers
-from equipoise.planning.streaming import POLICIES, make_policy
+from equipoise.planning.streaming.adaptive import Adaptive, adaptive
+from equipoise.planning.streaming.decision import Costs, Entry, Ledger, mean_lis, moved, with_layers
+from equipoise.planning.streaming.drift import Window
+from equipoise.planning.streaming.policies import POLICIES, make_policy
 from planning.cases import make_profile, skewed
 
 FREE = Costs(1e-6, 0.0, 0.0)

@@ -5,10 +5,10 @@ import pytest
 
 from equipoise.errors import PlanError
 from equipoise.metrics import cumulative_lis, lis
-from equipoise.planning.adaptive import Adaptive
 from equipoise.planning.methods import make_plan
-from equipoise.planning.stream_decision import Costs
-from equipoise.planning.streaming import make_policy
+from equipoise.planning.streaming.adaptive import Adaptive
+from equipoise.planning.streaming.decision import Costs
+from equipoise.planning.streaming.policies import make_policy
 from equipoise.simulation.stream import replay_stream, unit_load
 from planning.cases import make_profile, skewed
 

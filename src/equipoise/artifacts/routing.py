@@ -51,7 +51,7 @@ class LayerRouting(BaseModel):
 
 
 class RoutingPolicy(BaseModel):
-    """A policy of the registry `execution.routing.POLICIES`, fitted for one model.
+    """A policy of the registry `execution.routing.policies.POLICIES`, fitted for one model.
 
     Attributes:
         name, options: which policy, and every option of it.

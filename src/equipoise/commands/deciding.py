@@ -174,10 +174,10 @@ def methods(as_json: Json = False) -> None:
     """List methods, estimators, dispatch rules, routing and streaming policies and engines by name, with their sources."""
     from equipoise.dispatch.choice import RULES
     from equipoise.engines.registry import READERS, WRITERS
-    from equipoise.execution.routing_attach import POLICIES
+    from equipoise.execution.routing.attach import POLICIES
     from equipoise.planning.methods import METHODS
     from equipoise.planning.prune_scores import PRUNING
-    from equipoise.planning.streaming import POLICIES as STREAMING
+    from equipoise.planning.streaming.policies import POLICIES as STREAMING
     from equipoise.profiling.importance import IMPORTANCE
     from equipoise.quantization.methods import METHODS as ROUNDING
     from equipoise.reporting.listing import methods_table

@@ -112,7 +112,7 @@ def profile(
     if own:
         refuse_given("the processes of --experts-parallel cannot write text", {"--experts-parallel": experts_parallel or None})
     from equipoise.artifacts.routing import RoutingPolicy
-    from equipoise.execution.routing_attach import attach_policy
+    from equipoise.execution.routing.attach import attach_policy
     from equipoise.profiling.calibrate import profile as measure
     from equipoise.profiling.calibrate import state_path
     from equipoise.profiling.loading import load_model, load_tokenizer
@@ -190,7 +190,7 @@ def evaluate(
     files = scenario_files(text, scenario) if text or scenario else {}
     from equipoise.artifacts.routing import RoutingPolicy
     from equipoise.evaluation.evaluate import evaluate as prove
-    from equipoise.execution.routing_attach import attach_policy
+    from equipoise.execution.routing.attach import attach_policy
     from equipoise.pipeline import load_balanced
     from equipoise.profiling.loading import load_model, load_tokenizer
 

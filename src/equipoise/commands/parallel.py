@@ -84,8 +84,8 @@ def parallel(
 
     Tells the loss, the load of the ranks, what was sent between them, and how long the layers took.
     """
-    from equipoise.execution.expert_parallel import parallelize, unlike_copies
-    from equipoise.execution.expert_parallel_ranks import start_ranks
+    from equipoise.execution.expert_parallel.ranks import start_ranks
+    from equipoise.execution.expert_parallel.runtime import parallelize, unlike_copies
     from equipoise.profiling.loading import load_tokenizer
     from equipoise.profiling.progress import ProgressBar
     from equipoise.profiling.sequences import Framing, text_batches

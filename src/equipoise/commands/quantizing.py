@@ -177,7 +177,7 @@ def _carry_out(
 ) -> None:
     """Open the model to be read layer by layer, put the plan on it, and show what is known of the rounding."""
     from equipoise.artifacts.routing import RoutingPolicy
-    from equipoise.execution.routing_attach import attach_policy
+    from equipoise.execution.routing.attach import attach_policy
     from equipoise.execution.streamed import apply_streamed
     from equipoise.models.layers import model_facts
     from equipoise.profiling.loading import load_model, load_tokenizer

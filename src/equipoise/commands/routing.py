@@ -54,7 +54,7 @@ def fit(
     Then profile with `--policy FILE`, plan from that profile, and apply with the same `--policy FILE`.
     """
     files = scenario_files(text, scenario)
-    from equipoise.execution.routing_fit import fit_policy
+    from equipoise.execution.routing.fit import fit_policy
     from equipoise.profiling.loading import load_model, load_tokenizer
     from equipoise.profiling.progress import ProgressBar
     from equipoise.profiling.sequences import Framing, text_batches

@@ -27,7 +27,7 @@ from equipoise.commands.show import show
 from equipoise.errors import EquipoiseError
 
 if TYPE_CHECKING:
-    from equipoise.execution.rebalance import Rebalancer, Report
+    from equipoise.execution.rebalance.rebalancer import Rebalancer, Report
 
 TIMEOUT = 5.0
 """Seconds that an address has to answer in."""
@@ -73,8 +73,8 @@ def stream(
 
     files = scenario_files(text, scenario)
     from equipoise.artifacts import Profile
-    from equipoise.execution.rebalance import Rebalancer, summary
-    from equipoise.planning.streaming import make_policy
+    from equipoise.execution.rebalance.rebalancer import Rebalancer, summary
+    from equipoise.planning.streaming.policies import make_policy
     from equipoise.profiling.forward import evaluation_mode, run_batch
     from equipoise.profiling.loading import load_tokenizer
     from equipoise.profiling.progress import ProgressBar
@@ -156,7 +156,7 @@ def watch(
 def _ready(model: str, plan: Path | None, store: Path | None, temporary: Path, dtype: str, device: str) -> tuple[Any, Any]:
     """A balanced model and the store of its experts."""
     from equipoise.artifacts import Plan
-    from equipoise.execution.rebalance_store import ExpertStore, apply_from_store
+    from equipoise.execution.rebalance.store import ExpertStore, apply_from_store
     from equipoise.pipeline import load_balanced
     from equipoise.profiling.loading import load_model
 
@@ -183,7 +183,7 @@ def _metrics(target: str | None) -> tuple[Callable[[Report], None] | None, Calla
     """What is told of each step, and how it gets to know the rebalancer."""
     if target is None:
         return None, lambda rebalancer: None
-    from equipoise.execution.rebalance_metrics import StreamMetrics
+    from equipoise.execution.rebalance.metrics import StreamMetrics
 
     kept = StreamMetrics()
     if target.isdigit():

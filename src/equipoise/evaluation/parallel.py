@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from equipoise.errors import EquipoiseError, TextError
-from equipoise.execution.expert_parallel import rank_slots
-from equipoise.execution.expert_parallel_meter import ParallelMeter, ParallelReport
+from equipoise.execution.expert_parallel.meter import ParallelMeter, ParallelReport
+from equipoise.execution.expert_parallel.runtime import rank_slots
 from equipoise.profiling.forward import negative_log_likelihood
 from equipoise.profiling.sequences import Batch
 

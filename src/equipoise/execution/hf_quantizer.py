@@ -59,7 +59,7 @@ class EquipoiseQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         policy, plan = config.read_policy(), config.read_plan()
         if policy is not None:
-            from equipoise.execution.routing_attach import attach_policy
+            from equipoise.execution.routing.attach import attach_policy
 
             policy.check_model(plan.model)
             attach_policy(model, policy, check=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from equipoise.artifacts import Plan, Profile
 from equipoise.errors import PlanError
-from equipoise.planning.affinity import exflow
+from equipoise.planning.affinity.exflow import exflow
 from equipoise.planning.budget import default_units
 from equipoise.planning.eplb import eplb
 from equipoise.planning.exact import rq_exact
@@ -17,7 +17,7 @@ from equipoise.planning.linear import contiguous, round_robin
 from equipoise.planning.prune import prune
 from equipoise.planning.replan import incremental
 from equipoise.planning.replicate_quantize import rq, rq_paper
-from equipoise.planning.robust import robust
+from equipoise.planning.robust.method import robust
 from equipoise.planning.uniform import uniform
 from equipoise.registry import Registry
 

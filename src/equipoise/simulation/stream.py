@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from equipoise.artifacts import LayerPlan, Plan
 from equipoise.dispatch.flow import spread_evenly
 from equipoise.errors import PlanError
-from equipoise.planning.stream_decision import Costs, Decision, Entry, Ledger, Policy, mean_lis
+from equipoise.planning.streaming.decision import Costs, Decision, Entry, Ledger, Policy, mean_lis
 
 Floats = NDArray[np.float64]
 

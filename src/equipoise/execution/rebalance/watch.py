@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from equipoise.execution.rebalance_gate import Gate
+from equipoise.execution.rebalance.gate import Gate
 from equipoise.execution.slots import ExpertSlots
 from equipoise.models.layers import MoELayer
 

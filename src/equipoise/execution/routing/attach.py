@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-import equipoise.execution.routing_drop
-import equipoise.execution.routing_pick  # noqa: F401  # both register their policies
+import equipoise.execution.routing.drop
+import equipoise.execution.routing.pick  # noqa: F401  # both register their policies
 from equipoise.artifacts.routing import RoutingPolicy
 from equipoise.errors import EquipoiseError, ModelError, PlanError
 from equipoise.execution.balanced_config import plan_of
 from equipoise.execution.install import shared_tracker
-from equipoise.execution.routing import POLICIES, Here, Policy, make_policy, scores_of
+from equipoise.execution.routing.policies import POLICIES, Here, Policy, make_policy, scores_of
 from equipoise.models.adapters.base import call_arguments, forward_names
 from equipoise.models.choice import Choice, ChoiceTap
 from equipoise.models.layers import MoELayer, find_moe_layers, model_facts, observe

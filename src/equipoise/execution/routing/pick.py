@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from equipoise.errors import ModelError
-from equipoise.execution.routing import (
+from equipoise.execution.routing.policies import (
     POLICIES,
     Here,
     Policy,

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from equipoise.artifacts import LayerPlan, Plan, Profile
 from equipoise.errors import PlanError
 from equipoise.planning.budget import Budget, make_budget
-from equipoise.planning.drift import Dwell, Window, scatter
-from equipoise.planning.reassign import LayerTask, Stop, path
-from equipoise.planning.stream_decision import Costs, Decision, Floats, Load, decision
+from equipoise.planning.streaming.decision import Costs, Decision, Floats, Load, decision
+from equipoise.planning.streaming.drift import Dwell, Window, scatter
+from equipoise.planning.streaming.reassign import LayerTask, Stop, path
 from equipoise.precisions import precision
 
 FEW = 3

@@ -17,9 +17,9 @@ from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from equipoise.planning.affinity_pairs import Floats, Ints
-from equipoise.planning.affinity_resplit import resplit
-from equipoise.planning.affinity_task import TINY, Placement, Task
+from equipoise.planning.affinity.pairs import Floats, Ints
+from equipoise.planning.affinity.resplit import resplit
+from equipoise.planning.affinity.task import TINY, Placement, Task
 
 
 def assign(benefit_ER: Floats, inside_E: Ints, blocks: int) -> Ints:

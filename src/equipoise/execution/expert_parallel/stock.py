@@ -21,9 +21,9 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 from equipoise.artifacts import LayerPlan
 from equipoise.dispatch.placement import LayerMap
 from equipoise.errors import ModelError
-from equipoise.execution.expert_parallel_ranks import TIMEOUT_S, Ranks
-from equipoise.execution.expert_parallel_slots import RankSlots, Rule
-from equipoise.execution.expert_parallel_wire import GroupForm
+from equipoise.execution.expert_parallel.ranks import TIMEOUT_S, Ranks
+from equipoise.execution.expert_parallel.slots import RankSlots, Rule
+from equipoise.execution.expert_parallel.wire import GroupForm
 from equipoise.execution.families import Between
 from equipoise.execution.slot_group import SlotGroup
 from equipoise.precisions import precision
@@ -146,7 +146,7 @@ def register_stock(**options: Any) -> None:
     Raises:
         EquipoiseError: an option that neither has.
     """
-    from equipoise.execution.expert_parallel import parse_rules
+    from equipoise.execution.expert_parallel.runtime import parse_rules
 
     llep, quota = parse_rules("even", "prefill=llep,decode=quota", options, False)
     rules = RULES | {"equipoise-llep": llep, "equipoise-quota": quota}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from equipoise.planning.affinity_pairs import Affinity, Ints, Physical
+from equipoise.planning.affinity.pairs import Affinity, Ints, Physical
 
 TINY = 1e-9
 """Smallest change of cost that counts, far above rounding and far below anything of use."""

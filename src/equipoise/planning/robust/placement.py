@@ -18,7 +18,7 @@ from equipoise.planning.eplb import eplb_placement, pack, replicate
 from equipoise.planning.local_search import Limits, exchange
 from equipoise.planning.moves import keep_slots, rename_ranks
 from equipoise.planning.placement_bound import placement_bound
-from equipoise.planning.robust_risk import grains, risk, scaled_load
+from equipoise.planning.robust.risk import grains, risk, scaled_load
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

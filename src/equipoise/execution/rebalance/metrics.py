@@ -10,7 +10,7 @@ import numpy as np
 from equipoise.errors import EquipoiseError
 
 if TYPE_CHECKING:
-    from equipoise.execution.rebalance import Rebalancer, Report
+    from equipoise.execution.rebalance.rebalancer import Rebalancer, Report
 
 
 class StreamMetrics:

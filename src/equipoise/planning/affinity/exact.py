@@ -16,8 +16,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from equipoise.errors import PlanError
-from equipoise.planning.affinity_pairs import Floats, Ints
-from equipoise.planning.affinity_task import Placement, Task
+from equipoise.planning.affinity.pairs import Floats, Ints
+from equipoise.planning.affinity.task import Placement, Task
 
 MOST_STATES = 4000
 """Most placements of one layer that the dynamic program goes through; its time grows with their square."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from equipoise.artifacts import LayerPlan, Plan
 from equipoise.errors import PlanError
-from equipoise.planning.stream_decision import Costs, Decision, Load, decision
+from equipoise.planning.streaming.decision import Costs, Decision, Load, decision
 from equipoise.precisions import precision
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equipoise.execution.expert_parallel_ranks import Pending, Ranks
+from equipoise.execution.expert_parallel.ranks import Pending, Ranks
 from equipoise.execution.slot_group import SlotGroup
 from equipoise.precisions import Precision
 

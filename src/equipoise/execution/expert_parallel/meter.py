@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from equipoise.errors import RecordingError
-from equipoise.execution.expert_parallel import rank_slots
-from equipoise.execution.expert_parallel_slots import Call
+from equipoise.execution.expert_parallel.runtime import rank_slots
+from equipoise.execution.expert_parallel.slots import Call
 
 FIELDS = tuple(field.name for field in fields(Call))
 Floats = NDArray[np.float64]

@@ -15,8 +15,8 @@ from math import comb
 
 import numpy as np
 
-from equipoise.planning.affinity_pairs import Floats, Ints
-from equipoise.planning.affinity_task import TINY, Placement, Task
+from equipoise.planning.affinity.pairs import Floats, Ints
+from equipoise.planning.affinity.task import TINY, Placement, Task
 
 _MOST_WAYS = 300
 """Up to so many ways to deal a pool are all gone through."""

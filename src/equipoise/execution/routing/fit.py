@@ -23,8 +23,8 @@ from equipoise import __version__
 from equipoise.artifacts.routing import LayerRouting, RoutingPolicy
 from equipoise.errors import EquipoiseError, ModelError
 from equipoise.execution.layerwise import Batch
-from equipoise.execution.routing import Here, Policy, Seen, make_policy, options_of
-from equipoise.execution.routing_attach import UNREAD, check_layer, detach_policy, here_of, put_hooks, routed
+from equipoise.execution.routing.attach import UNREAD, check_layer, detach_policy, here_of, put_hooks, routed
+from equipoise.execution.routing.policies import Here, Policy, Seen, make_policy, options_of
 from equipoise.models.choice import Choice
 from equipoise.models.layers import MoELayer, find_moe_layers, model_facts, observe
 from equipoise.models.policy_marks import policy_of
@@ -53,7 +53,7 @@ def fit_policy(
 
     Args:
         model: a model under its own router; it is left as it was.
-        name: of the policy, in `execution.routing.POLICIES`.
+        name: of the policy, in `execution.routing.policies.POLICIES`.
         batches: the text, such as `profiling.sequences.text_batches` gives. A few thousand tokens suffice; the scores of all
             of them are held: 4 bytes * tokens * MoE layers * experts, twice that for gates with a bias.
         options: of the policy.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from equipoise.errors import EquipoiseError
-from equipoise.execution.routing import POLICIES, Here, Policy, Seen, require, scores_of, uniform, whole
+from equipoise.execution.routing.policies import POLICIES, Here, Policy, Seen, require, scores_of, uniform, whole
 from equipoise.models.choice import Choice
 
 MASSES = ("topk", "full")

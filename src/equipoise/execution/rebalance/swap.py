@@ -16,8 +16,8 @@ import torch
 from equipoise.artifacts import LayerPlan, Plan
 from equipoise.errors import PlanError
 from equipoise.execution.balanced_config import packed
-from equipoise.execution.rebalance_gate import Gate
-from equipoise.execution.rebalance_store import ExpertStore
+from equipoise.execution.rebalance.gate import Gate
+from equipoise.execution.rebalance.store import ExpertStore
 from equipoise.execution.slot_group import SlotGroup
 from equipoise.execution.slots import ExpertSlots, canonical
 from equipoise.precisions import precision

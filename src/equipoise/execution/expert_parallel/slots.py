@@ -20,8 +20,8 @@ from torch import Tensor
 from equipoise.artifacts import LayerPlan
 from equipoise.dispatch.deal import DEALS, Deal, deal, own_parts
 from equipoise.dispatch.placement import Ints, LayerMap
-from equipoise.execution.expert_parallel_ranks import Pending, Ranks
-from equipoise.execution.expert_parallel_wire import GroupForm, Sender, Transfer, received_groups, start_transfers
+from equipoise.execution.expert_parallel.ranks import Pending, Ranks
+from equipoise.execution.expert_parallel.wire import GroupForm, Sender, Transfer, received_groups, start_transfers
 from equipoise.execution.slot_group import Activation, SlotGroup
 from equipoise.execution.slots import ExpertSlots, canonical, compute
 

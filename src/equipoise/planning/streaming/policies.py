@@ -8,9 +8,9 @@ from typing import Any
 
 from equipoise.artifacts import Plan, Profile
 from equipoise.errors import PlanError
-from equipoise.planning.adaptive import adaptive
-from equipoise.planning.published_stream import Published
-from equipoise.planning.stream_decision import Costs, Decision, Load, Policy
+from equipoise.planning.streaming.adaptive import adaptive
+from equipoise.planning.streaming.decision import Costs, Decision, Load, Policy
+from equipoise.planning.streaming.published import Published
 from equipoise.registry import Registry
 
 

@@ -25,14 +25,14 @@ import numpy as np
 from equipoise.artifacts import Plan
 from equipoise.errors import ModelError, PlanError
 from equipoise.execution.balanced_config import plan_of
-from equipoise.execution.rebalance_gate import Gate, SwapPostponedError
-from equipoise.execution.rebalance_store import ExpertStore
-from equipoise.execution.rebalance_swap import check_change, commit, largest_layer, restage, rounds, stage
-from equipoise.execution.rebalance_watch import Served, Watch
+from equipoise.execution.rebalance.gate import Gate, SwapPostponedError
+from equipoise.execution.rebalance.store import ExpertStore
+from equipoise.execution.rebalance.swap import check_change, commit, largest_layer, restage, rounds, stage
+from equipoise.execution.rebalance.watch import Served, Watch
 from equipoise.execution.slots import slots_of
 from equipoise.metrics import lis
 from equipoise.models.layers import find_moe_layers
-from equipoise.planning.stream_decision import Costs, Decision, Entry, Ledger, Policy, mean_lis
+from equipoise.planning.streaming.decision import Costs, Decision, Entry, Ledger, Policy, mean_lis
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from equipoise.artifacts import Plan, Profile
 from equipoise.errors import PlanError
-from equipoise.planning.affinity_pairs import (
+from equipoise.planning.affinity.pairs import (
     Affinity,
     Floats,
     Ints,
@@ -31,8 +31,8 @@ from equipoise.planning.affinity_pairs import (
     shares,
     splits,
 )
-from equipoise.planning.affinity_search import assign, search
-from equipoise.planning.affinity_task import Placement, Task, keep_apart, make_task
+from equipoise.planning.affinity.search import assign, search
+from equipoise.planning.affinity.task import Placement, Task, keep_apart, make_task
 from equipoise.planning.linear import contiguous_placement
 from equipoise.planning.moves import keep_slots
 from equipoise.planning.ranks import Phase, phase_load, placement_of, rank_plan, target

@@ -16,8 +16,8 @@ from equipoise.errors import PlanError
 from equipoise.planning.eplb import by_shape
 from equipoise.planning.linear import contiguous_placement
 from equipoise.planning.ranks import Phase, Target, phase_load, placement_of, rank_plan, target
-from equipoise.planning.robust_placement import SLACK, named, place, rank_loads, robust_placement
-from equipoise.planning.robust_risk import grains, risk, scaled_load
+from equipoise.planning.robust.placement import SLACK, named, place, rank_loads, robust_placement
+from equipoise.planning.robust.risk import grains, risk, scaled_load
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

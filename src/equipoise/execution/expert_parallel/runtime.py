@@ -24,9 +24,9 @@ from equipoise.dispatch.deal import DEALS, check_deal
 from equipoise.dispatch.placement import LayerMap, layer_maps
 from equipoise.errors import CheckpointError, EquipoiseError, ModelError, PlanError, unknown_name
 from equipoise.execution.balanced_config import plan_of
-from equipoise.execution.expert_parallel_ranks import Ranks
-from equipoise.execution.expert_parallel_slots import RankSlots, Rule
-from equipoise.execution.expert_parallel_wire import GroupForm, tensors_of
+from equipoise.execution.expert_parallel.ranks import Ranks
+from equipoise.execution.expert_parallel.slots import RankSlots, Rule
+from equipoise.execution.expert_parallel.wire import GroupForm, tensors_of
 from equipoise.execution.families import family_of
 from equipoise.execution.install import begin_install, fill_slots, put_slots
 from equipoise.execution.slot_group import SlotGroup

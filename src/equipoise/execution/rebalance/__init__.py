@@ -1,0 +1,1 @@
+"""What follows traffic while a model serves: watch, decide, make copies ahead, exchange them between forward passes."""

@@ -1,0 +1,1 @@
+"""Routing policies: other rules than the model's own for which experts a token goes to."""

@@ -1,0 +1,1 @@
+"""Placements that keep a token's next expert near (ExFlow)."""

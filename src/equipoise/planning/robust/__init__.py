@@ -1,0 +1,1 @@
+"""Placements on ranks that hold on traffic they were not made from."""
