@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from equipoise.artifacts.files import write_atomic
-from equipoise.artifacts.profile import first_problem
-from equipoise.errors import EquipoiseError
+from equipoise.artifacts.json_file import JsonFile
 
 SCHEMA = "equipoise.evaluation/1"
 
@@ -79,10 +76,10 @@ class Contender(BaseModel):
     seconds: float = Field(default=0.0, description="wall-clock of this model's evaluation")
 
 
-class Evaluation(BaseModel):
+class Evaluation(JsonFile):
     """Results of one run over one base model and any number of balanced ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    kind: ClassVar[str] = "evaluation"
 
     schema_version: str = Field(default=SCHEMA, alias="schema")
     base: str
@@ -93,17 +90,3 @@ class Evaluation(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     equipoise_version: str = ""
     contenders: tuple[Contender, ...]
-
-    def save(self, path: str | Path) -> None:
-        """Write the evaluation as JSON; whole or not at all."""
-        write_atomic(path, self.model_dump_json(indent=2, by_alias=True) + "\n")
-
-    @classmethod
-    def load_file(cls, path: str | Path) -> Evaluation:
-        """Read and validate an evaluation file; raises `EquipoiseError` that names the field."""
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise EquipoiseError(f"cannot read evaluation '{path}': {error.strerror or error}.") from error
-        except ValidationError as error:
-            raise EquipoiseError(f"'{path}' is not a valid evaluation: {first_problem(error)}") from error

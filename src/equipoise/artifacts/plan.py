@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from equipoise.artifacts.files import write_atomic
+from equipoise.artifacts.json_file import JsonFile
 from equipoise.artifacts.model_facts import LayerFacts, ModelFacts
-from equipoise.artifacts.profile import Profile, first_problem
+from equipoise.artifacts.profile import Profile
 from equipoise.errors import EquipoiseError, PlanError
 from equipoise.metrics import lis
 from equipoise.precisions import precision
@@ -127,7 +126,7 @@ class Predicted(BaseModel):
         return self.lis - self.lower_bound
 
 
-class Plan(BaseModel):
+class Plan(JsonFile):
     """Slots of every MoE layer, with the policy that splits tokens among copies.
 
     Attributes:
@@ -142,7 +141,8 @@ class Plan(BaseModel):
         kept: experts that each layer keeps, in rising order; None keeps them all.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    kind: ClassVar[str] = "plan"
+    problem: ClassVar[type[EquipoiseError]] = PlanError
 
     schema_version: str = Field(default=SCHEMA, alias="schema")
     method: str
@@ -288,31 +288,6 @@ class Plan(BaseModel):
         if kept is not None:
             head += ',\n  "kept": [\n    ' + ",\n    ".join(map(json.dumps, kept)) + "\n  ]"
         return f'{head},\n  "layers": [\n' + ",\n".join(columns) + "\n  ]\n}\n"
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; whole or not at all."""
-        write_atomic(path, self.to_json())
-
-    @classmethod
-    def from_json(cls, text: str | bytes, origin: str = "plan") -> Plan:
-        """Parse and validate a plan.
-
-        Raises:
-            PlanError: the first problem, with the field that has it.
-        """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise PlanError(f"'{origin}' is not a valid plan: {first_problem(error)}") from error
-
-    @classmethod
-    def load_file(cls, path: str | Path) -> Plan:
-        """Read and validate a plan file; raises `PlanError` that names the field."""
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise PlanError(f"cannot read plan '{path}': {error.strerror or error}.") from error
-        return cls.from_json(text, str(path))
 
 
 def _problem(

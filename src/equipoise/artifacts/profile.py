@@ -20,6 +20,7 @@ from safetensors.numpy import load as parse_tensors
 from safetensors.numpy import save as serialize_tensors
 
 from equipoise.artifacts.files import write_atomic
+from equipoise.artifacts.json_file import first_problem
 from equipoise.artifacts.model_facts import ModelFacts
 from equipoise.errors import ProfileError
 
@@ -204,13 +205,3 @@ def _metadata(data: bytes) -> dict[str, str]:
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     return dict(metadata)
-
-
-def first_problem(error: Exception) -> str:
-    """The first problem of a validation error as 'field: message', on one line."""
-    if isinstance(error, ValidationError):
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        return f"{where}: {message}" if where else message
-    return str(error).splitlines()[0]

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from equipoise.artifacts.files import write_atomic
+from equipoise.artifacts.json_file import JsonFile
 from equipoise.artifacts.model_facts import ModelFacts
-from equipoise.artifacts.profile import first_problem
-from equipoise.errors import EquipoiseError, PlanError
+from equipoise.errors import PlanError
 
 SCHEMA = "equipoise.policy/1"
 NATIVE = "native"
@@ -50,7 +48,7 @@ class LayerRouting(BaseModel):
     mean_k: float | None = None
 
 
-class RoutingPolicy(BaseModel):
+class RoutingPolicy(JsonFile):
     """A policy of the registry `execution.routing.policies.POLICIES`, fitted for one model.
 
     Attributes:
@@ -60,7 +58,7 @@ class RoutingPolicy(BaseModel):
         layers: fitted numbers of each MoE layer.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    kind: ClassVar[str] = "routing policy"
 
     schema_version: str = Field(default=SCHEMA, alias="schema")
     name: str
@@ -110,31 +108,6 @@ class RoutingPolicy(BaseModel):
         data = self.model_dump(mode="json", by_alias=True)
         layers = ",\n".join(f"    {json.dumps(layer)}" for layer in data.pop("layers"))
         return f'{json.dumps(data, indent=2)[:-2]},\n  "layers": [\n{layers}\n  ]\n}}\n'
-
-    def save(self, path: str | Path) -> None:
-        """Write the policy as JSON; whole or not at all."""
-        write_atomic(path, self.to_json())
-
-    @classmethod
-    def from_json(cls, text: str | bytes, origin: str = "policy") -> RoutingPolicy:
-        """Parse and validate a policy.
-
-        Raises:
-            EquipoiseError: the first problem, with the field that has it.
-        """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise EquipoiseError(f"'{origin}' is not a valid routing policy: {first_problem(error)}") from error
-
-    @classmethod
-    def load_file(cls, path: str | Path) -> RoutingPolicy:
-        """Read and validate a policy file; raises `EquipoiseError` that names the field."""
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise EquipoiseError(f"cannot read routing policy '{path}': {error.strerror or error}.") from error
-        return cls.from_json(text, str(path))
 
 
 def require_policy(wanted: str, given: str, purpose: str) -> None:

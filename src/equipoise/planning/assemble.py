@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from equipoise import __version__
 from equipoise.artifacts import LayerPlan, Plan, Predicted, Profile
-from equipoise.artifacts.profile import first_problem
+from equipoise.artifacts.json_file import first_problem
 from equipoise.artifacts.routing import NATIVE
 from equipoise.errors import PlanError
 from equipoise.metrics import lis

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from equipoise.artifacts.files import write_atomic
-from equipoise.artifacts.profile import first_problem
-from equipoise.errors import EquipoiseError
+from equipoise.artifacts.json_file import JsonFile
 
 SCHEMA = "equipoise.simulation/1"
 Origin = Literal["replayed", "estimated"]
@@ -83,10 +80,10 @@ class Part(BaseModel):
     findings: tuple[str, ...] = Field(description="what a plan improves and what it worsens, against the reference")
 
 
-class SimulationReport(BaseModel):
+class SimulationReport(JsonFile):
     """Plans side by side on the same batches."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    kind: ClassVar[str] = "simulation"
 
     schema_version: str = Field(default=SCHEMA, alias="schema")
     model: str
@@ -103,17 +100,3 @@ class SimulationReport(BaseModel):
     equipoise_version: str = ""
     parts: tuple[Part, ...]
     notes: tuple[str, ...] = ()
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON; whole or not at all."""
-        write_atomic(path, self.model_dump_json(indent=2, by_alias=True) + "\n")
-
-    @classmethod
-    def load_file(cls, path: str | Path) -> SimulationReport:
-        """Read and validate a report; raises `EquipoiseError` that names the field."""
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise EquipoiseError(f"cannot read simulation '{path}': {error.strerror or error}.") from error
-        except ValidationError as error:
-            raise EquipoiseError(f"'{path}' is not a valid simulation: {first_problem(error)}") from error
