@@ -35,3 +35,13 @@ def corpus(seed: int, documents: int = 12, words: int = 60) -> list[str]:
     rng = np.random.default_rng(seed)
     weights = rng.dirichlet(np.ones(len(WORDS)))
     return [" ".join(rng.choice(WORDS, words, p=weights)) for _ in range(documents)]
+
+
+def refused(result: tuple[int, str, str], message: str) -> None:
+    """One clear line on standard error, exit status 1, no traceback: how a command ends that a user got wrong."""
+    status, _, err = result
+    assert status == 1, err
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: "), err
+    assert "Traceback" not in err
+    assert message in err

@@ -9,9 +9,8 @@ import sys
 
 import pytest
 
-from equipoise import cli
 from equipoise.artifacts import Plan, Profile
-from support import corpus
+from support import corpus, refused
 
 
 @pytest.fixture(scope="module")
@@ -22,38 +21,11 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process; returns exit status, standard output and standard error."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["equipoise", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
-@pytest.fixture
 def profile_file(run, tiny_model_dir, text, tmp_path):
     path = tmp_path / "x.profile.safetensors"
     status, _, err = run("profile", tiny_model_dir, "--text", text, "--tokens", 800, "--seq-len", 64, "--out", path, "-q")
     assert status == 0, err
     return path
-
-
-def refused(result: tuple[int, str, str], message: str) -> None:
-    """One clear line on standard error, a non-zero exit, no traceback."""
-    status, _, err = result
-    assert status == 1
-    assert err.startswith("error: "), err
-    assert err.count("\n") == 1, err
-    assert "Traceback" not in err
-    assert message in err
 
 
 def test_help_and_version_are_quick_and_need_no_torch():

@@ -3,36 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from equipoise import cli
 from equipoise.artifacts import Evaluation, Plan
-from support import corpus
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process; returns exit status, standard output and standard error."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["equipoise", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
-def refused(result: tuple[int, str, str], message: str) -> None:
-    status, _, err = result
-    assert (status, err.count("\n")) == (1, 1), err
-    assert message in err
+from support import corpus, refused
 
 
 @pytest.fixture

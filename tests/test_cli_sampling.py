@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from equipoise import cli
 from equipoise.artifacts import Profile
-from support import corpus
+from support import corpus, refused
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command in this process, with a cache of its own; returns exit status, standard output and standard error."""
+def run(run, monkeypatch, tmp_path):
+    """The command, with a cache of its own."""
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["equipoise", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
+    return run
 
 
 @pytest.fixture
@@ -36,12 +23,6 @@ def text(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in corpus(3, 40)))
     return path
-
-
-def refused(result: tuple[int, str, str], message: str) -> None:
-    status, _, err = result
-    assert (status, err.count("\n")) == (1, 1), err
-    assert message in err
 
 
 SIZE = ("--tokens", 128, "--seq-len", 32, "--precisions", "", "-q")

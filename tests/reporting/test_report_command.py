@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import pytest
 
-from equipoise import cli
 from reporting import report_cases as cases
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process; returns exit status, standard output and standard error."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["equipoise", "report", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
+def run(run):
+    """`equipoise report` with some arguments."""
+    return partial(run, "report")
 
 
 @pytest.fixture(scope="module")
