@@ -1,13 +1,15 @@
 """Bits and copies decided together: balance and quality of joint plans beside the baselines, at equal bytes and units.
 
-    python benchmarks/joint_plan.py --data DIRECTORY --write docs/joint-planning.md
+    python benchmarks/joint_plan.py --data DIRECTORY --seeds 3 --only "rq, least loaded" --write docs/joint-planning.md
+    python benchmarks/joint_plan.py --data DIRECTORY --part baselines --write docs/joint-planning.md
     python benchmarks/joint_plan.py --data DIRECTORY --frontier --write docs/joint-planning.md --plot docs/joint-frontier.svg
 
-The first makes the table of plans, the second the frontier: plans over a grid of bytes and error bounds, measured.
-Planned on four fifths of the training documents. `--split tune` judges on the last fifth of them, which is what settings
-were chosen on; `--split report`, the default, on held-out documents. Seeds draw other excerpts of both. `--data` is the
-directory that the lab's mix is relative to; without it, and for the reference model always, the text is the demo's. What
-was measured is kept in `--out` and not measured again; delete it when a method changed.
+The first makes the table of plans, the second that of all baselines, the third the frontier: plans over a grid of bytes and
+error bounds, measured. Planned on four fifths of the training documents. `--split tune` judges on the last fifth of them,
+which is what settings were chosen on; `--split report`, the default, on held-out documents. Seeds draw other excerpts of
+both. `--data` is the directory that the lab's mix is relative to; without it, and for the reference model always, the text is
+the demo's. Profiles and what was measured of a plan are kept in `--out` and not measured again; delete it when how they are
+measured changed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +69,8 @@ def subject(name: str, told: argparse.Namespace) -> Subject:
 
 
 def measured(tested: Subject, seed: int, told: argparse.Namespace) -> Profile:
-    """The profile of the text to plan from: loads, errors at all widths, sensitivity of the layers."""
-    path = told.out / f"{tested.name}-{told.tokens}-{seed}.profile.safetensors"
+    """The profile of the text to plan from: loads, errors at all widths, sensitivity of the experts."""
+    path = told.out / f"{tested.name}-{told.tokens}-{told.sensitivity_tokens}-{seed}.profile.safetensors"
     if not path.is_file():
         made = profile(
             load_model(tested.directory), load_tokenizer(tested.directory), tested.planned,
@@ -99,10 +102,10 @@ def calibration(tested: Subject, seed: int, tokens: int) -> list[Batch]:
     return text_batches(tested.planned, tokenizer, framing, tokens=tokens, seq_len=SEQ_LEN, batch_size=BATCH_ROWS, seed=seed)
 
 
-def judge(tested: Subject, seed: int, plans: Mapping[str, Plan], told: argparse.Namespace, mark: str) -> Evaluation:
+def judge(tested: Subject, seed: int, plans: Mapping[str, Plan], told: argparse.Namespace) -> Evaluation:
     """Apply plans and measure them against the base on the split's text; what is kept is not measured again."""
-    label = f"{tested.name}-{told.split}-{told.tokens}-{told.heldout_tokens}-{told.rounding}-{mark}-{seed}"
-    path = told.out / f"{label}.eval.json"
+    asked = [told.split, told.heldout_tokens, told.rounding, told.rounding_tokens, *(plan.to_json() for plan in plans.values())]
+    path = told.out / f"{tested.name}-{seed}-{sha256(json.dumps(asked).encode()).hexdigest()[:12]}.eval.json"
     if path.is_file():
         return Evaluation.load_file(path)
     batches = calibration(tested, seed, told.rounding_tokens) if METHODS.get(told.rounding).needs_hessian else None
@@ -131,8 +134,7 @@ def table(name: str, told: argparse.Namespace) -> list[dict[str, Any]]:
         plans = {key: make_plan(made, method, seed=seed, **options) for key, (method, options) in chosen.items()}
         for key, plan in plans.items():
             plan.save(told.out / f"{name}-{seed}-{key.replace(' ', '-').replace(',', '')}.plan.json")
-        mark = "table" if told.error_bound is None else f"table-{told.error_bound}"
-        found = judge(tested, seed, plans, told, mark)
+        found = judge(tested, seed, plans, told)
         for contender in found.contenders:
             row = rows.setdefault(contender.name, {"model": name, "plan": contender.name, "seeds": []})
             row["seeds"].append(joint_plan_page.figures(contender, found, plans[contender.name]))
@@ -150,7 +152,7 @@ def frontier(name: str, told: argparse.Namespace) -> list[dict[str, Any]]:
             except UnreachableError:
                 continue
             plans[f"{fraction:g} {bound:g}"] = plan
-    found = judge(tested, seed, plans, told, "frontier")
+    found = judge(tested, seed, plans, told)
     points = []
     for contender in found.contenders:
         fraction, bound = map(float, contender.name.split())
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--error-bound", type=float, default=None, help="of the rq rows  [default: rq's own]")
     parser.add_argument("--only", nargs="*", default=None, help="rows to make")
     parser.add_argument("--frontier", action="store_true", help="points over bytes and error bounds instead of the table")
+    parser.add_argument("--part", default="table", help="marked part of the page that the table replaces: table or baselines")
     parser.add_argument("--plot", type=Path, default=None, help="with --frontier: picture to write (.svg or .png)")
     parser.add_argument("--write", type=Path, default=None, help="Markdown file whose marked part is replaced")
     told = parser.parse_args()
@@ -184,7 +187,7 @@ def main() -> None:
         rows += frontier(name, told) if told.frontier else table(name, told)
         page = joint_plan_page.frontier_page(rows, told) if told.frontier else joint_plan_page.table_page(rows, told)
         print(page, flush=True)
-    kind = "frontier" if told.frontier else "table"
+    kind = "frontier" if told.frontier else told.part
     write_atomic(told.out / f"{kind}-{told.split}.json", json.dumps(rows, indent=1))
     if told.write:
         joint_plan_page.replace_part(told.write, kind, page)
