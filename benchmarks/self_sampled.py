@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantization_page import write_between
 from rich.console import Console
 
 from equipoise.artifacts.files import write_atomic
@@ -33,7 +34,6 @@ from equipoise.profiling.self_sampled_report import TextReport, measure_text
 from equipoise.profiling.sequences import Framing, build_rows
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- self-sampled: begin -->", "<!-- self-sampled: end -->"
 HEAD = (
     "| model | text | tokens | sigma | LIS | LIS, worst layer | perplexity | zlib ratio | rows below 0.1 | seconds |",
     "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -130,9 +130,7 @@ def main() -> None:
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     console.print(f"a model whose logits are not numbers: {refusal('mixtral-8')}", markup=False, soft_wrap=True)
     if given.write:
-        page = given.write.read_text()
-        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-        write_atomic(given.write, "\n".join([before + BEGIN, "", *lines, "", END + after]))
+        write_between(given.write, "self-sampled", "\n".join(["", *lines, ""]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantization_page import write_between
 from rich.console import Console
 
 from equipoise.artifacts.files import write_atomic
@@ -30,7 +31,6 @@ from equipoise.profiling.self_sampled import self_sampled
 from equipoise.profiling.sequences import IGNORED, Batch, Framing, text_batches
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- self-sampled-quality: begin -->", "<!-- self-sampled-quality: end -->"
 LENGTH, JUDGED, ROWS = 256, 1500, 8
 OWN: dict[str, tuple[str, dict[str, float]]] = {
     "balanced": ("balanced", {}),
@@ -128,9 +128,7 @@ def main() -> None:
     lines = table(chosen)
     console.print("\n".join(lines), markup=False, soft_wrap=True)
     if given.write:
-        page = given.write.read_text()
-        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-        write_atomic(given.write, "\n".join([before + BEGIN, "", *lines, "", END + after]))
+        write_between(given.write, "self-sampled-quality", "\n".join(["", *lines, ""]))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,12 @@ def rank_plan(of: Profile, *, ranks: int = 2, held_out: float | None = 1.4) -> P
     return plan.model_copy(update={"predicted": predicted})
 
 
-def evaluation(*, change: tuple[float, float, float] = (0.001, -0.002, 0.004), kept: bool | None = None) -> Evaluation:
+def evaluation(
+    *,
+    change: tuple[float, float, float] = (0.001, -0.002, 0.004),
+    difference: tuple[float, float, float] = (-0.1, -0.15, -0.05),
+    kept: bool | None = None,
+) -> Evaluation:
     """One contender, named rq, on two texts and a task."""
     interval = Interval(value=change[0], low=change[1], high=change[2])
     score: dict[str, Any] = {"lis_base": 4.0, "lis": 1.1, "lis_paper": 0.9}
@@ -119,8 +124,8 @@ def evaluation(*, change: tuple[float, float, float] = (0.001, -0.002, 0.004), k
         for name in ("c", "all texts")
     )  # fmt: skip
     task = TaskResult(
-        name="hellaswag", metric="acc_norm,none", items=100, score_base=0.5, score=0.4,
-        difference=Interval(value=-0.1, low=-0.15, high=-0.05), **score,
+        name="hellaswag", metric="acc_norm,none", items=100, score_base=0.5, score=0.5 + difference[0],
+        difference=Interval(value=difference[0], low=difference[1], high=difference[2]), **score,
     )  # fmt: skip
     contender = Contender(
         name="rq", plan_method="rq", exactness="weights", promise_kept=kept, expert_bytes=120_000, texts=texts, tasks=(task,)

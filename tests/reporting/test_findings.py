@@ -168,6 +168,10 @@ def test_a_layer_that_served_nothing_spoils_no_finding():
     assert findings(Evidence(nothing)) == []
 
 
+def _harmless():
+    return cases.evaluation(difference=(-0.01, -0.03, 0.01))
+
+
 @pytest.mark.parametrize(
     ("evidence", "command"),
     [
@@ -179,8 +183,9 @@ def test_a_layer_that_served_nothing_spoils_no_finding():
             "x.json --out rq-model && equipoise eval",
         ),
         (lambda p: Evidence(p, {"r": cases.rank_plan(p)}, files={"r": "r.json"}), "simulate --plan r=r.json --profile PROFILE"),
-        (lambda p: Evidence(p, {"rq": cases.rq_plan(p)}, cases.evaluation()), "frontier PROFILE --json > frontier.json"),
-        (lambda p: Evidence(p, {"rq": cases.rq_plan(p)}, cases.evaluation(), cases.frontier()), "apply "),
+        (lambda p: Evidence(p, {"rq": cases.rq_plan(p)}, cases.evaluation()), "plan PROFILE --error-bound"),
+        (lambda p: Evidence(p, {"rq": cases.rq_plan(p)}, _harmless()), "frontier PROFILE --json > frontier.json"),
+        (lambda p: Evidence(p, {"rq": cases.rq_plan(p)}, _harmless(), cases.frontier()), "apply "),
         (
             lambda p: Evidence(p, {"rq": cases.rq_plan(p)}, _without_tasks(cases.evaluation()), cases.frontier()),
             "rq-model --task hellaswag",

@@ -189,7 +189,9 @@ def keeps_cache(model: Any, ids_RS: NDArray[np.int64]) -> tuple[bool, int]:
             stream.start(ids[:, :-1], encoder)
             stream.select(rows)
             found = stream.extend(ids[rows, -1])
-    except (RuntimeError, AttributeError, TypeError, ValueError, IndexError, NotImplementedError):
+    except torch.OutOfMemoryError:
+        raise  # without the cache more memory would be needed, not less
+    except (RuntimeError, AttributeError, TypeError, ValueError, IndexError):
         return False, expected.shape[1]  # a cache of the architecture's own that knows no beams; the whole text runs, as above
     error = float((found - expected[rows.to(found.device)]).abs().mean())
     return error <= PROBE_TOLERANCE * float((expected[0] - expected[1]).abs().mean()), expected.shape[1]

@@ -129,20 +129,23 @@ class Team:
 
     def _broadcast(self, source: int, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
         import torch
-        from torch.distributed import broadcast
 
         mine = source == self.rank
         data = save({key: np.ascontiguousarray(array) for key, array in arrays.items()}) if mine else b""
+        length = torch.tensor([len(data)])
+        self._send(length, source)
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if mine else torch.empty(int(length), dtype=torch.uint8)
+        self._send(content, source)
+        return dict(arrays) if mine else load(content.numpy().tobytes())
+
+    def _send(self, content: Any, source: int) -> None:
+        """Give a tensor of the source's to all, in place."""
+        from torch.distributed import broadcast
+
         try:
-            length = torch.tensor([len(data)])
-            broadcast(length, source, group=self.group)
-            content = torch.empty(int(length), dtype=torch.uint8)
-            if mine:
-                content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             broadcast(content, source, group=self.group)
         except RuntimeError as error:  # gloo's only kind: a closed connection, or patience at an end
             raise EquipoiseError(ENDED) from error
-        return dict(arrays) if mine else load(content.numpy().tobytes())
 
 
 @contextmanager

@@ -185,6 +185,11 @@ class Figure:
         return tuple(dict.fromkeys(origin for view in self.views for origin in view.origins))
 
 
+def axis_name(name: str, reference: tuple[float, str] | None) -> str:
+    """What an axis shows, with the level to compare with where there is one."""
+    return name if reference is None else f"{name} ({reference[0]:g} = {reference[1]})"
+
+
 def height_of(chart: Chart) -> int:
     """Pixels that a chart wants on a screen."""
     if isinstance(chart, Grid):

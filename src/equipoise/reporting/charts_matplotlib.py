@@ -20,6 +20,7 @@ from equipoise.reporting.charts import (
     Intervals,
     Lines,
     Points,
+    axis_name,
     doublings,
     height_of,
     ratio_limit,
@@ -79,10 +80,6 @@ def _colour(number: int) -> str:
     return palette.LIGHT[palette.series(number)]
 
 
-def _named(name: str, reference: tuple[float, str] | None) -> str:
-    return name if reference is None else f"{name} ({reference[0]:g} = {reference[1]})"
-
-
 def _legend(axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
@@ -138,7 +135,7 @@ def _lines(axes: Any, chart: Lines) -> None:
     axes.set_xticks(ticks, [chart.labels[i] for i in ticks], fontsize=8)
     if chart.reference is not None:
         axes.axhline(chart.reference[0], color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel=chart.x_name, ylabel=_named(chart.y_name, chart.reference))
+    axes.set(xlabel=chart.x_name, ylabel=axis_name(chart.y_name, chart.reference))
     axes.grid(axis="y", color=palette.LIGHT["grid"])
     _legend(axes)
 
@@ -157,7 +154,7 @@ def _points(axes: Any, chart: Points) -> None:
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if chart.reference is not None:
         axes.axhline(chart.reference[0], color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel=chart.x_name, ylabel=_named(chart.y_name, chart.reference))
+    axes.set(xlabel=chart.x_name, ylabel=axis_name(chart.y_name, chart.reference))
     axes.grid(color=palette.LIGHT["grid"])
     _legend(axes)
 
@@ -197,6 +194,6 @@ def _intervals(axes: Any, chart: Intervals) -> None:
         axes.axvline(chart.reference[0], color="grey", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set(xlabel=_named(chart.x_name, chart.reference))
+    axes.set(xlabel=axis_name(chart.x_name, chart.reference))
     axes.grid(axis="x", color=palette.LIGHT["grid"])
     _legend(axes)

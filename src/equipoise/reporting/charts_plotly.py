@@ -22,6 +22,7 @@ from equipoise.reporting.charts import (
     Intervals,
     Lines,
     Points,
+    axis_name,
     doublings,
     height_of,
     ratio_limit,
@@ -190,10 +191,6 @@ def _steps(name: str, count: int) -> Spec:
     return {"light": flat(palette.steps(palette.LIGHT, name, count)), "dark": flat(palette.steps(palette.DARK, name, count))}
 
 
-def _with_reference(name: str, reference: tuple[float, str] | None) -> str:
-    return name if reference is None else f"{name} ({reference[0]:g} = {reference[1]})"
-
-
 def _level(reference: tuple[float, str] | None, axis: str) -> list[Spec]:
     if reference is None:
         return []
@@ -222,7 +219,7 @@ def _lines(chart: Lines, height: int) -> Spec:
             }
         )  # fmt: skip
     layout = _layout(
-        height, chart.x_name, _with_reference(chart.y_name, chart.reference), hovermode="x unified",
+        height, chart.x_name, axis_name(chart.y_name, chart.reference), hovermode="x unified",
         xaxis=_category(chart.labels, showgrid=False), shapes=_level(chart.reference, "y"),
     )  # fmt: skip
     return {"data": data, "layout": layout}
@@ -245,7 +242,7 @@ def _points(chart: Points, height: int) -> Spec:
             }
         )  # fmt: skip
     layout = _layout(
-        height, chart.x_name, _with_reference(chart.y_name, chart.reference), shapes=_level(chart.reference, "y"),
+        height, chart.x_name, axis_name(chart.y_name, chart.reference), shapes=_level(chart.reference, "y"),
         hovermode="closest", showlegend=len(chart.clouds) > 1,
         xaxis={"tickformat": ".0%" if chart.percent_x else ""}, yaxis={"tickformat": ".0%" if chart.percent_y else ""},
     )  # fmt: skip
@@ -318,7 +315,7 @@ def _intervals(chart: Intervals, height: int) -> Spec:
         "tickvals": list(range(len(groups))), "ticktext": groups, "range": [len(groups) - 0.5, -0.5], "showgrid": False,
     }  # fmt: skip
     layout = _layout(
-        height, _with_reference(chart.x_name, chart.reference), "", hovermode="closest", yaxis=yaxis,
+        height, axis_name(chart.x_name, chart.reference), "", hovermode="closest", yaxis=yaxis,
         shapes=[*bands, *_level(chart.reference, "x")],
     )  # fmt: skip
     return {"data": data, "layout": layout}

@@ -289,7 +289,7 @@ def quality(evidence: Evidence, contenders: Sequence[Contender]) -> Iterator[Fin
         return
     best = evidence.best_plan()
     of_best = [c for c in judged if best is not None and evidence.plan_of(c.name, c.plan_method) is best[1]]
-    first = of_best[0] if of_best else min(judged, key=_harm)
+    first = of_best[0] if of_best else min(judged, key=harm)
     sentences = []
     if first.texts:
         result = first.texts[-1]
@@ -306,12 +306,12 @@ def quality(evidence: Evidence, contenders: Sequence[Contender]) -> Iterator[Fin
     others = [f"'{c.name}' {_change(c)}, {_meaning(c)}" for c in judged if c is not first and c.texts]
     if others:
         sentences.append(f"Beside it: {'; '.join(others[:3])}.")
-    magnitude = min(max(_harm(first), 0.0) / WORSE_PERPLEXITY, 1.0)
+    magnitude = min(max(harm(first), 0.0) / WORSE_PERPLEXITY, 1.0)
     weight = (CANNOT_RELY if magnitude >= 1 else SIZE + 0.6) + 0.3 * magnitude
     yield Finding("quality", " ".join(sentences), ("measured",), "quality", weight)
 
 
-def _harm(contender: Contender) -> float:
+def harm(contender: Contender) -> float:
     """What is certainly lost: the low end of the change of perplexity, or of the largest loss on a task, as fractions."""
     losses = [-task.difference.high for task in contender.tasks]
     return max([contender.texts[-1].perplexity_change.low] * bool(contender.texts) + losses)

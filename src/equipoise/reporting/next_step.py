@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from equipoise.artifacts import Profile
 from equipoise.artifacts.evaluation import Contender
 from equipoise.reporting.evidence import Evidence, is_placement, mean, raw_lis
+from equipoise.reporting.findings import harm
 
 BALANCED = 1.05
 """LIS below which there is little to win."""
+HARM = 0.005
+"""Loss of perplexity or of a task's score, as a fraction and beyond chance, above which a model does not hold up."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ def _try_out(evidence: Evidence) -> NextStep:
 def _after_proof(evidence: Evidence) -> NextStep:
     evaluation = evidence.evaluation
     assert evaluation is not None, "only called with an evaluation"
-    judged = [c for c in evaluation.contenders if c.texts]
-    fine = [c for c in judged if c.promise_kept is not False and c.texts[-1].perplexity_change.low <= 0.005]
+    judged = [c for c in evaluation.contenders if c.texts or c.tasks]
+    fine = [c for c in judged if c.promise_kept is not False and harm(c) <= HARM]
     source = _file(evidence, "profile", "PROFILE")
     if judged and not fine:
         bound = _tighter_bound(evidence, judged)
@@ -94,7 +97,9 @@ def _after_proof(evidence: Evidence) -> NextStep:
             _command("plan", source, "--error-bound", f"{bound:.2g}", "--out", "gentler.plan.json"),
             "Every balanced model is worse than the base by more than chance; allow less error.",
         )
-    best = min(fine, key=lambda c: c.texts[-1].lis) if fine else evaluation.contenders[0]
+    if not judged:
+        return _try_out(evidence)
+    best = min(fine, key=lambda c: c.texts[-1].lis if c.texts else c.tasks[-1].lis)
     plan = evidence.plan_of(best.name, best.plan_method)
     names = [name for name, own in evidence.plans.items() if own is plan]
     if not evidence.frontier and names and plan is not None and not is_placement(plan):
@@ -108,15 +113,16 @@ def _after_proof(evidence: Evidence) -> NextStep:
             _command("evaluate", evaluation.base, directory, "--task", "hellaswag", "--task", "arc_easy"),
             f"'{best.name}' holds up on text; tasks tell whether it does on what the model is used for.",
         )
+    judge = "text and tasks" if best.texts else "tasks"
     return NextStep(
         _command("apply", evaluation.base, _file(evidence, names[0] if names else "", "PLAN"), "--out", directory),
-        f"'{best.name}' holds up on text and tasks; this writes the model that `from_pretrained` loads.",
+        f"'{best.name}' holds up on {judge}; this writes the model that `from_pretrained` loads.",
     )
 
 
 def _tighter_bound(evidence: Evidence, judged: list[Contender]) -> float:
     """Half the predicted error of the least harmful model; 0.01 where no error was predicted."""
-    gentlest = min(judged, key=lambda c: c.texts[-1].perplexity_change.value)
+    gentlest = min(judged, key=harm)
     plan = evidence.plan_of(gentlest.name, gentlest.plan_method)
     error = None if plan is None or plan.predicted is None else plan.predicted.output_error
     return error / 2 if error else 0.01

@@ -114,7 +114,5 @@ def _least_loaded(columns: LayerPlan, load_E: NDArray[np.integer], units: int) -
     units_EC = np.zeros((len(number_E), int(number_E.max())), np.int64)
     inside = np.arange(units_EC.shape[1]) < number_E[:, None]
     units_EC[inside] = np.array(columns.units)[order]
-    last = units_EC[np.arange(len(number_E)), number_E - 1]
-    units_EC = np.where(inside, units_EC, last[:, None])
     split_EC = spread_evenly(np.asarray(load_E[: len(number_E)], np.int64), units_EC, number_E, units)
     return np.asarray(np.bincount(units_EC[inside], split_EC[inside], units), np.float64)

@@ -112,7 +112,8 @@ class ParallelMeter:
         often = {len(noted) for noted in self._calls}
         if len(often) != 1 or often == {0}:
             raise RecordingError(f"the layers were called {sorted(often)} times; run the model inside the meter's context.")
-        mine = torch.tensor([[[float(getattr(c, f)) for f in FIELDS] for c in noted] for noted in self._calls])
         ranks = self._layers[0].ranks
-        every = ranks.gather(mine.to(torch.float64).to(ranks.device), "gathering figures").cpu().numpy()  # [R, L, C, F]
+        values = [[[float(getattr(c, f)) for f in FIELDS] for c in noted] for noted in self._calls]
+        mine = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+        every = ranks.gather(mine, "gathering figures").cpu().numpy()  # [R, L, C, F]
         return ParallelReport({name: np.moveaxis(every[..., i], 0, 2) for i, name in enumerate(FIELDS)})

@@ -107,6 +107,8 @@ class Ranks:
     def _together(self, what: str) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # the others are there, memory is not
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ParallelError(

@@ -12,13 +12,13 @@ Everything but the experts is on every rank. Layers are called in step: all rank
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from equipoise.artifacts import Plan
+from equipoise.artifacts import LayerPlan, Plan
 from equipoise.artifacts.routing import require_policy
 from equipoise.dispatch.deal import DEALS, check_deal
 from equipoise.dispatch.placement import LayerMap, layer_maps
@@ -92,7 +92,7 @@ def parallelize(
     if plan is None:
         raise PlanError("a model that is not balanced needs a plan; give one.")
     maps = layer_maps(plan, ranks.size)
-    rules = _rules(plan, dispatch, options or {}, shared, mixed)
+    rules = _rules(plan.layers, plan.dispatch, dispatch, options or {}, shared, mixed)
     layers = find_moe_layers(model)
     if own is None:
         require_policy(plan.routing_policy, policy_id(model), "divided among ranks")
@@ -138,11 +138,8 @@ def set_rank_dispatch(
         ModelError: the model is not divided among ranks.
     """
     slots = rank_slots(model)
-    plan_dispatch = slots[0].plan_dispatch
-    rules = parse_rules(plan_dispatch, dispatch, options or {}, slots[0].shared)
-    if mixed == "refuse":
-        _refuse_mixed([one.plan for one in slots], rules)
-    _set(model, rules)
+    layers = [one.plan for one in slots]
+    _set(model, _rules(layers, slots[0].plan_dispatch, dispatch, options or {}, slots[0].shared, mixed))
 
 
 def rank_slots(model: Any) -> list[RankSlots]:
@@ -202,16 +199,18 @@ def unlike_copies(plan: Plan) -> list[tuple[int, int]]:
     return [(index, expert) for index, layer in enumerate(plan.layers) for expert in _unlike(layer)]
 
 
-def _rules(plan: Plan, dispatch: str, options: Mapping[str, Any], shared: bool, mixed: Mixed) -> tuple[Rule, Rule]:
-    rules = parse_rules(plan.dispatch, dispatch, options, shared)
+def _rules(
+    layers: Sequence[LayerPlan], planned: str, dispatch: str, options: Mapping[str, Any], shared: bool, mixed: Mixed
+) -> tuple[Rule, Rule]:
+    rules = parse_rules(planned, dispatch, options, shared)
     if mixed not in ("refuse", "label"):
         raise unknown_name("mixed", mixed, ("refuse", "label"))
     if mixed == "refuse":
-        _refuse_mixed(plan.layers, rules)
+        _refuse_mixed(layers, rules)
     return rules
 
 
-def _refuse_mixed(layers: Any, rules: tuple[Rule, Rule]) -> None:
+def _refuse_mixed(layers: Sequence[LayerPlan], rules: tuple[Rule, Rule]) -> None:
     by_counts = next((rule.name for rule in rules if rule.counts), None)
     if by_counts is None:
         return
@@ -225,7 +224,7 @@ def _refuse_mixed(layers: Any, rules: tuple[Rule, Rule]) -> None:
             )
 
 
-def _unlike(layer: Any) -> list[int]:
+def _unlike(layer: LayerPlan) -> list[int]:
     seen: dict[int, set[str]] = {}
     for expert, name in zip(layer.experts, layer.precisions, strict=True):
         seen.setdefault(expert, set()).add(canonical(name))

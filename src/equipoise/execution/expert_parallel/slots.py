@@ -315,7 +315,7 @@ class RankSlots(ExpertSlots):
             return Pending(self.ranks, empty, empty, None, "")
         size_E = [0] * self.num_experts
         for transfer in transfers:
-            size_E[transfer[0]] = self._form_of(transfer).slot_bytes()
+            size_E[transfer[0]] = self._form_of(transfer).slot_bytes
         mine = sorted((t for t in transfers if t[1] == self.ranks.rank), key=lambda t: t[2])
         taken = [self._sender.take(*self._stored(expert)) for expert, _, _ in mine]
         return start_transfers(self.ranks, transfers, size_E, taken, self._what("weights"))
@@ -349,7 +349,7 @@ class RankSlots(ExpertSlots):
                 sent_rows=0 if self.shared else away,
                 activated=len(used),
                 read_bytes=sum(size[i] for i in used),
-                received_bytes=sum(self._form_of(t).slot_bytes() for t in mine),
+                received_bytes=sum(self._form_of(t).slot_bytes for t in mine),
                 token_bytes=0 if self.shared else (away + foreign) * row_bytes,
                 decide_s=steps[0],
                 send_s=steps[1],

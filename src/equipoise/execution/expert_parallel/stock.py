@@ -27,10 +27,11 @@ from equipoise.execution.expert_parallel.wire import GroupForm
 from equipoise.execution.families import Between
 from equipoise.execution.slot_group import SlotGroup
 from equipoise.precisions import precision
+from equipoise.quantization.formats import FLOAT_DTYPES
 
 RULES = {"equipoise": Rule("even"), "equipoise-llep": Rule("llep"), "equipoise-quota": Rule("quota")}
 """Names for `ep_implementation`: experts where they live, and with what a rank cannot take spilled by either rule."""
-FORMS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FORMS = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ class SlotsEP(EPImplementation):  # type: ignore[misc]
             self.ranks.size,
             {form.form.name: group_of(form, held)},
             ranks=self.ranks,
-            place=contiguous(total, self.ranks.size, form.slot_bytes()),
+            place=contiguous(total, self.ranks.size, form.slot_bytes),
             forms={form.form.name: form},
             input_dtype=form.dtype,
             shared=self.shares_batch,

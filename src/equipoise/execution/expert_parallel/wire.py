@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class GroupForm:
         group.int8_activations = self.int8_activations
         return group
 
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of one slot as it is stored and sent."""
         return self.empty(1, "meta").nbytes
@@ -156,7 +158,7 @@ def received_groups(
     begin = 0
     for i in sorted(mine, key=lambda i: (transfers[i][1], i)):  # as they arrive
         kind = kinds.index(forms[i])
-        size = forms[i].slot_bytes()
+        size = forms[i].slot_bytes
         from_bytes(groups[kind], used[kind], data[begin : begin + size])
         place[i] = first[kind] + used[kind]
         used[kind] += 1

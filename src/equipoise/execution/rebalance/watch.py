@@ -137,7 +137,7 @@ class Watch:
                 complete = not self._failed and bool(self._now)
                 if complete:
                     self._flush()
-                self._now, self._seconds, self._failed = {}, 0.0, False
+                self._now, self._begun, self._seconds, self._failed = {}, {}, 0.0, False
         finally:
             outermost = self._gate.leave()
         if outermost and complete:

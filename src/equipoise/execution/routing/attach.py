@@ -71,7 +71,11 @@ def attach_policy(model: PreTrainedModel, policy: RoutingPolicy, *, check: bool 
     heres = [here_of(layer, policy, None) for layer in layers]
     for layer, here in zip(layers, heres, strict=True):
         check_layer(rule, layer, here)
-    put_hooks(model, layers, rule, heres)
+    try:
+        put_hooks(model, layers, rule, heres)
+    except BaseException:
+        detach_policy(model)  # or the layers that were hooked already would stay so
+        raise
     setattr(model, POLICY, policy)
     return model
 

@@ -127,6 +127,8 @@ def _explained(model: Any, policy: RoutingPolicy) -> Iterator[None]:
     """What the model's own code raises when it is sent other numbers of experts, as an error of the user."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # no fault of the policy
     except (RuntimeError, IndexError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot run under policy '{policy.name}' with these options: its own code fails with "

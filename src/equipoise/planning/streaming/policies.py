@@ -40,7 +40,11 @@ class PolicyInputs:
 POLICIES: Registry[Callable[[PolicyInputs], Policy]] = Registry("streaming policy")
 """Policies by name: f(inputs) -> Policy."""
 
-POLICIES.register("static", summary="keeps the plan as it is: the control", source="Equipoise")(lambda given: Static())
+POLICIES.register(
+    "static",
+    summary="keeps the plan as it is: the control",
+    source="Equipoise",
+)(lambda given: Static(**given.options))
 POLICIES.register(
     "all_history",
     summary="each step the copy goes to the expert that was heaviest over all steps so far",

@@ -188,7 +188,9 @@ def _gradients(loss: Tensor, probes: Sequence[Tensor]) -> Sequence[Tensor | None
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(loss, list(probes), allow_unused=True)
         return found
-    except (RuntimeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the architecture
+    except RuntimeError as error:
         raise ModelError(
             f"the model cannot be differentiated ({str(error).splitlines()[0]}); set output_error.sensitivity_tokens to 0."
         ) from error
