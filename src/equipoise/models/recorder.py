@@ -28,6 +28,7 @@ from torch import Tensor
 from equipoise.errors import RecordingError
 from equipoise.models.layers import MoELayer, find_moe_layers, observe
 from equipoise.models.tally import MASS_UNIT, Ints, PairCounts, Windows, histogram
+from equipoise.models.token_trace import TokenTrace, TraceKeeper
 from equipoise.models.tokens import TokenBatch, TokenTracker
 
 if TYPE_CHECKING:
@@ -35,33 +36,6 @@ if TYPE_CHECKING:
 
 Listener = Callable[[MoELayer, Tensor, Tensor, Tensor, TokenBatch], None]
 PREFILL, DECODE = 0, 1
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """Every selection of one stack, token by token, in the order in which they were run.
-
-    Attributes:
-        layers: [L] row of each of the stack's layers in the recorder's arrays.
-        events: [L] routing events of each layer; the columns of one of C events are C equal parts, in the events' order.
-        experts_LTK: [L, T, K] int32 expert ids; -1 where a selection reached no routed expert.
-        weights_LTK: [L, T, K] float32 gate weights.
-        scenario_T: [T] scenario of each token.
-        forward_T: [T] which forward call of the stack, from 0.
-        sequence_T: [T] which sequence of its batch.
-        position_T: [T] index among its sequence's own real tokens.
-        decode_T: [T] whether it was run in the decode phase.
-    """
-
-    layers: Ints
-    events: Ints
-    experts_LTK: NDArray[np.int32]
-    weights_LTK: NDArray[np.float32]
-    scenario_T: Ints
-    forward_T: Ints
-    sequence_T: Ints
-    position_T: Ints
-    decode_T: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +81,7 @@ class Recorder:
         self._windows = Windows(window_tokens, max_windows, size_S, (size_L, self._size_E))
         self._transitions = PairCounts(size_L - 1, self._size_E) if transitions and size_L > 1 else None
         self._coactivation = PairCounts(size_L, self._size_E) if coactivation else None
-        self._trace: dict[str, list[tuple[Any, ...]]] | None = {s: [] for s in self._stacks} if trace else None
+        self._trace = {s: TraceKeeper(self._rows[s], self._size_E) for s in self._stacks} if trace else None
         self._listeners: list[Listener] = []
         self._pending: dict[int, _Pending] = {}
         self._tracker = TokenTracker(model, self.layers)
@@ -193,7 +167,7 @@ class Recorder:
         return np.zeros((0, 0, 0), np.int64) if self._coactivation is None else self._coactivation.numpy()
 
     @property
-    def trace(self) -> dict[str, Trace]:
+    def trace(self) -> dict[str, TokenTrace]:
         """Every selection by stack.
 
         Raises:
@@ -201,7 +175,7 @@ class Recorder:
         """
         if self._trace is None:
             raise RecordingError("no trace was kept; record with trace=True (its memory grows with the tokens).")
-        return {stack: self._join(stack, parts) for stack, parts in self._trace.items() if parts}
+        return {stack: keeper.trace() for stack, keeper in self._trace.items() if keeper}
 
     def pass_over(self, tokens: int) -> None:
         """Leave a forward call to another process: only the windows of the current scenario move on.
@@ -314,11 +288,7 @@ class Recorder:
         if stack == self._stacks[-1]:
             self._windows.advance(scenario, tokens)
         if self._trace is not None:
-            real = batch.real_T.cpu()
-            where = [t.cpu()[real].numpy() for t in (batch.sequence_T, batch.position_T)]
-            self._trace[stack].append(
-                (ids_LTK.cpu().numpy(), weights_LTK.float().cpu().numpy(), scenario, *where, bool(batch.decode))
-            )
+            self._trace[stack].add(ids_LTK, weights_LTK, scenario, batch)
 
     def _gather(self, layers: Sequence[MoELayer], batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Pending selections of real tokens as ids_LTK (E = none) and weights_LTK, layers of smaller top-k filled up."""
@@ -355,22 +325,6 @@ class Recorder:
             if number < layer.events:
                 others_LK[row, number * width : (number + 1) * width] = False
         return ids_LTK.masked_fill(others_LK[:, None], self._size_E)
-
-    def _join(self, stack: str, parts: Sequence[tuple[Any, ...]]) -> Trace:
-        ids, weights, scenario, sequence, position, decode = zip(*parts, strict=True)
-        sizes = [i.shape[1] for i in ids]
-        experts_LTK = np.concatenate(ids, axis=1).astype(np.int32)
-        return Trace(
-            layers=np.array([layer.index for layer in self._rows[stack]]),
-            events=np.array([layer.events for layer in self._rows[stack]]),
-            experts_LTK=np.where(experts_LTK == self._size_E, np.int32(-1), experts_LTK),
-            weights_LTK=np.concatenate(weights, axis=1),
-            scenario_T=np.repeat(np.array(scenario), sizes),
-            forward_T=np.repeat(np.arange(len(sizes)), sizes),
-            sequence_T=np.concatenate(sequence),
-            position_T=np.concatenate(position),
-            decode_T=np.repeat(np.array(decode), sizes),
-        )
 
     @staticmethod
     def _may_be_unrouted(layer: MoELayer) -> bool:
