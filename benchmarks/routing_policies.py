@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from quantization_page import write_between
 from shelf import texts as shelf_texts
 
+from equipoise.artifacts import Profile
 from equipoise.artifacts.files import write_atomic
 from equipoise.artifacts.routing import RoutingPolicy
 from equipoise.evaluation.balance import unit_load
@@ -108,11 +110,22 @@ def combined(top_k: int) -> dict[str, tuple[str, dict[str, Any]] | None]:
 class Bench:
     """One model's measurements."""
 
-    def __init__(self, tested: Subject, told: argparse.Namespace) -> None:
-        self.tested, self.told = tested, told
+    def __init__(self, tested: Subject, told: argparse.Namespace, kept: Path) -> None:
+        self.tested, self.told, self.kept = tested, told, kept
         self.base, self.tokenizer = tested.load(), load_tokenizer(tested.directory)
         self.framing = Framing.of(self.tokenizer, self.base.config)
         self.top_k = find_moe_layers(self.base)[0].top_k
+
+    def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A row that an earlier run kept, or that is measured now."""
+        path = self.kept / f"{name.replace(' ', '-').replace(',', '')}.json"
+        if not path.is_file():
+            row = measure()
+            print(page.brief(row), flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(row, indent=1))
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
 
     def batches(self, texts: Texts, tokens: int) -> list[Batch]:
         """Excerpts of texts."""
@@ -135,7 +148,7 @@ class Bench:
 
     def judge(self, models: Mapping[str, Any], texts: Texts) -> list[dict[str, Any]]:
         """Contenders against the base, all texts together, each text's balance beside it."""
-        tasks = TASKS if self.tested.name == REFERENCE and self.told.tasks else ()
+        tasks = TASKS if self.tested.name == REFERENCE and self.told.limit else ()
         found = evaluate(
             self.base, models, self.tokenizer, texts=texts, tokens=self.told.heldout_tokens, seq_len=SEQ_LEN,
             batch_size=BATCH_ROWS, seed=self.told.seed, base_name=self.tested.name, tasks=tasks,
@@ -165,14 +178,16 @@ class Bench:
 
     def alone(self) -> list[dict[str, Any]]:
         """Every policy by itself."""
-        rows = []
-        for name, (policy, options) in settings(self.top_k).items():
+
+        def measured(name: str, policy: str, options: Mapping[str, Any]) -> dict[str, Any]:
             fitted = self.fit(policy, options)
             model = attach_policy(self.tested.load(), fitted, check=False)
             (row,) = self.judge({name: model}, self.tested.judged)
             mean_k, ranks = self.routed_loads(fitted, self.tested.judged)
-            rows.append({**row, "policy": policy, "mean_k": mean_k, "lis_ranks": ranks})
-            print(page.brief(rows[-1]), flush=True)
+            return {**row, "policy": policy, "mean_k": mean_k, "lis_ranks": ranks}
+
+        told = settings(self.top_k)
+        rows = [self.row(name, partial(measured, name, policy, options)) for name, (policy, options) in told.items()]
         mean_k, ranks = self.routed_loads(None, self.tested.judged)
         native = {
             "name": "native",
@@ -188,25 +203,35 @@ class Bench:
         """R&Q planned under each policy, at several bounds on the error."""
         rows = []
         for name, told in combined(self.top_k).items():
-            fitted = None if told is None else self.fit(*told)
-            with routed(self.base, fitted, check=False):
-                measured = profile(
-                    self.base, self.tokenizer, self.tested.fitted, tokens=self.told.tokens, seq_len=SEQ_LEN,
-                    batch_size=BATCH_ROWS, seed=self.told.seed, importance=("wanda",), precisions=PRECISIONS,
-                    name=self.tested.name, progress=False,
-                )  # fmt: skip
+
+            @cache
+            def ready(told: tuple[str, dict[str, Any]] | None = told) -> tuple[RoutingPolicy | None, Profile]:
+                fitted = None if told is None else self.fit(*told)
+                with routed(self.base, fitted, check=False):
+                    return fitted, profile(
+                        self.base, self.tokenizer, self.tested.fitted, tokens=self.told.tokens, seq_len=SEQ_LEN,
+                        batch_size=BATCH_ROWS, seed=self.told.seed, importance=("wanda",), precisions=PRECISIONS,
+                        name=self.tested.name, progress=False,
+                    )  # fmt: skip
+
             for bound in ERROR_BOUNDS:
-                options = {"dispatch": "least_loaded"} | ({} if bound is None else {"error_bound": bound})
-                plan = make_plan(measured, "rq", **options)
-                model = self.tested.load()
-                if fitted is not None:
-                    attach_policy(model, fitted, check=False)
                 label = f"{name} + rq" if name else "rq"
                 label += "" if bound is None else f", error at most {bound:g}"
-                (row,) = self.judge({label: apply_plan(model, plan)}, self.tested.judged)
-                rows.append({**row, "policy": told[0] if told else "native", "family": f"{told[0]} + rq" if told else "rq"})
-                print(page.brief(rows[-1]), flush=True)
+                told_name = told[0] if told else "native"
+                row = self.row(label, partial(self._planned, label, ready, bound))
+                rows.append({**row, "policy": told_name, "family": f"{told_name} + rq" if told else "rq"})
         return rows
+
+    def _planned(
+        self, label: str, ready: Callable[[], tuple[RoutingPolicy | None, Profile]], bound: float | None
+    ) -> dict[str, Any]:
+        fitted, measured = ready()
+        plan = make_plan(measured, "rq", dispatch="least_loaded", **({} if bound is None else {"error_bound": bound}))
+        model = self.tested.load()
+        if fitted is not None:
+            attach_policy(model, fitted, check=False)
+        (row,) = self.judge({label: apply_plan(model, plan)}, self.tested.judged)
+        return row
 
     def across(self) -> list[dict[str, Any]]:
         """The bias fitted on one domain and judged on others."""
@@ -223,11 +248,12 @@ class Bench:
 def measure(name: str, told: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model, or what an earlier run kept."""
     path = told.out / f"{name}-{told.tokens}-{told.heldout_tokens}-{told.seed}.json"
+    rows = path.with_suffix("")
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     bench: Bench | None = None
     for part in ("alone", "across", "with_rq"):
         if part not in kept:
-            bench = bench or Bench(subject(name, told.data), told)
+            bench = bench or Bench(subject(name, told.data), told, rows)
             kept[part] = getattr(bench, part)()
             kept["top_k"] = bench.top_k
             kept["domains"] = list(bench.tested.judged)
@@ -244,8 +270,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["mixtral-8", "qwen3-32"], help="of the shelf, or reference")
     parser.add_argument("--tokens", type=int, default=256, help="of each domain, to fit and plan on")
     parser.add_argument("--heldout-tokens", type=int, default=256, help="of each domain, to judge on")
-    parser.add_argument("--tasks", action="store_true", help="with the reference model: its tasks too")
-    parser.add_argument("--limit", type=int, default=64, help="items of a task")
+    parser.add_argument("--limit", type=int, default=64, help="items of each of the reference model's tasks; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, default=None, help="Markdown file whose marked part is replaced")
     told = parser.parse_args()

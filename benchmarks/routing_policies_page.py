@@ -22,6 +22,7 @@ CHEAPEST_HEAD = (
     "| model | LIS over units at most | policy alone | KL | rq alone | KL | policy + rq | KL |",
     "|---|---:|---|---:|---|---:|---|---:|",
 )
+TASK_HEAD = ("| model | policy | task | score of the base | difference |", "|---|---|---|---:|---|")
 
 Row = Mapping[str, Any]
 
@@ -81,7 +82,7 @@ def page(found: Mapping[str, Mapping[str, Any]], told: argparse.Namespace, machi
             parts.append(f"| {row['fitted']} | {' | '.join(cells)} |")
     tasks = [line for name, kept in found.items() for line in _tasks(name, kept)]
     if tasks:
-        parts += ["", "| model | policy | task | score of the base | difference |", "|---|---|---|---:|---|", *tasks]
+        parts += ["", f"Accuracy on {told.limit} items of tasks, paired with the model's own:", "", *TASK_HEAD, *tasks]
     domains = ", ".join(next(iter(found.values()))["domains"])
     parts += [
         "",
@@ -130,9 +131,10 @@ def frontier(rows: Sequence[Row]) -> set[str]:
 
 
 def answer(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which is the best frontier, model by model, in one paragraph."""
-    sentences = []
+    """Which is the best frontier, a paragraph a model."""
+    paragraphs = []
     for name, kept in found.items():
+        sentences = []
         alone, plain, both = families(kept)
         tried = {"a policy alone": alone, "rq alone": plain, "a policy with rq": both}
         wins = []
@@ -166,12 +168,13 @@ def answer(found: Mapping[str, Mapping[str, Any]]) -> str:
                 f"The full bias has LIS {level['lis']:.3f} at KL {level['kl']:.4f}; going by load alone {load['lis']:.3f} at "
                 f"{load['kl']:.4f}."
             )
-    return " ".join(sentences)
+        paragraphs.append(" ".join(sentences))
+    return "\n\n".join(paragraphs)
 
 
 def _tasks(name: str, kept: Mapping[str, Any]) -> list[str]:
     lines = []
-    for row in kept["alone"]:
+    for row in [*kept["alone"], *kept["with_rq"]]:
         for task, (base, value, low, high) in row["tasks"].items():
             told = f"{100 * value:+.1f} points ({100 * low:+.1f}..{100 * high:+.1f})"
             lines.append(f"| `{name}` | {row['name']} | {task} | {100 * base:.1f} % | {told} |")
