@@ -8,7 +8,8 @@ model, and one of them is carried out on it, to see that the replay tells what h
 mix is relative to; without it the demo's texts are used. What was recorded is kept in `--out`.
 
 Streams: `stationary` (the first domain), `shifts` (three domains one after the other), `alternating` (they take turns), and the
-paper's `adversarial` one (per layer, only tokens that its heaviest expert is given, in ten segments).
+paper's `adversarial` one (per layer, only tokens that its heaviest expert is given, in ten segments). Besides, `random`
+ones: five domains in turns of random length, which begin with the first, for several seeds of the text and of the turns.
 Shapes: N steps, L MoE layers, E experts, T tokens, K top-k.
 """
 
@@ -51,6 +52,11 @@ from equipoise.simulation.stream import StreamRun, replay_stream
 
 Ints = NDArray[np.int64]
 DOMAINS = ("prose", "python", "chinese")
+MORE = ("german", "c")
+"""Domains that come in random streams besides."""
+TURNS = (4, 8, 16)
+"""Mean steps of a turn in random streams; one stream of each for each seed."""
+RANDOM_STEPS = 60
 SEQ_LEN, ROWS = 512, 4
 TURN = 4
 """Steps of a domain before the next one's turn, in the alternating stream."""
@@ -68,36 +74,55 @@ POLICIES = (
 """Name in the tables, plan at the start, policy."""
 
 
-@lru_cache(maxsize=1)
-def domains(data: Path | None) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
-    """Text of the first domain to plan from, and text of three domains to stream."""
+@lru_cache(maxsize=2)
+def domains(data: Path | None, more: bool = False) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
+    """Text of the first domain to plan from, and text of three domains to stream, or of all."""
     if data is None:
         planned, judged = demo_texts("calibration"), demo_texts("heldout")
-        names = list(judged)[: len(DOMAINS)]
+        names = list(judged)[: None if more else len(DOMAINS)]
         return {names[0]: planned[names[0]]}, {name: judged[name] for name in names}
     mix = read_mix(Path(__file__).parents[1] / "configs" / "mix.toml").domains
     training = read_documents(data / file for file in mix[DOMAINS[0]].train)
-    return {DOMAINS[0]: training}, {name: read_documents(data / file for file in mix[name].heldout) for name in DOMAINS}
+    return {DOMAINS[0]: training}, {name: read_documents(data / file for file in mix[name].heldout)
+                                  for name in DOMAINS + MORE * more}  # fmt: skip
 
 
-def batches(told: argparse.Namespace, model: Any, tokenizer: Any, text: Mapping[str, Sequence[str]], steps: int) -> list[Batch]:
+def batches(
+    told: argparse.Namespace, model: Any, tokenizer: Any, text: Mapping[str, Sequence[str]], steps: int, seed: int = 0
+) -> list[Batch]:
     """Forward passes of the first steps of one domain's stream."""
     made = text_batches(
         text, tokenizer, Framing.of(tokenizer, model.config), tokens=told.steps * told.step_tokens,
-        seq_len=SEQ_LEN, batch_size=ROWS, layout="packed",
+        seq_len=SEQ_LEN, batch_size=ROWS, layout="packed", seed=seed,
     )  # fmt: skip
     return made[: steps * told.step_tokens // (SEQ_LEN * ROWS)]
 
 
-def recorded(name: str, told: argparse.Namespace) -> tuple[Profile, dict[str, NDArray[np.int32]]]:
-    """The profile to plan from, and [L, T, K] what each domain's tokens were sent to; recorded once."""
-    place = told.out / f"{name}-{told.steps}-{told.step_tokens}"
-    kept, path = place.with_suffix(".npz"), place.with_suffix(".profile.safetensors")
+def recorded(name: str, told: argparse.Namespace, seed: int) -> tuple[Profile, dict[str, NDArray[np.int32]]]:
+    """The profile to plan from, and [L, T, K] what each domain's tokens were sent to, of a model of the shelf."""
+    place = told.out / f"{name}-{told.steps}-{told.step_tokens}-{seed}"
+    return recorded_at(place, name, str(shelf.path(name)), domains(told.data, more=True), told, seed)
+
+
+def recorded_at(
+    place: Path, name: str, directory: str, texts: tuple[Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]],
+    told: argparse.Namespace, seed: int = 0,
+) -> tuple[Profile, dict[str, NDArray[np.int32]]]:  # fmt: skip
+    """The same of any model and text, kept in files that begin with `place`.
+
+    Args:
+        place: without suffix.
+        name: the model's, for the profile.
+        directory: of the model.
+        texts: text to plan from, and text to stream, each by domain.
+        told: steps, step_tokens and profile_tokens.
+        seed: of the order of the streamed text.
+    """
+    kept, path = Path(f"{place}.npz"), Path(f"{place}.profile.safetensors")
     if not (kept.is_file() and path.is_file()):
-        told.out.mkdir(parents=True, exist_ok=True)
-        directory = str(shelf.path(name))
+        place.parent.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load_model(directory), load_tokenizer(directory)
-        planned, streamed = domains(told.data)
+        planned, streamed = texts
         made = profile(
             model, tokenizer, planned, tokens=told.profile_tokens, seq_len=SEQ_LEN, batch_size=ROWS, importance=("wanda",),
             precisions=("int8", "int4-g32"), name=name,
@@ -106,7 +131,7 @@ def recorded(name: str, told: argparse.Namespace) -> tuple[Profile, dict[str, ND
         ids: dict[str, NDArray[np.int32]] = {}
         for domain, documents in streamed.items():
             with record(model, trace=True, transitions=False, coactivation=False) as recorder:
-                for batch in batches(told, model, tokenizer, {domain: documents}, told.steps):
+                for batch in batches(told, model, tokenizer, {domain: documents}, told.steps, seed):
                     run_batch(model, batch, all_logits=False)
             # Models whose stacks both have experts are streamed by their last one.
             ids[domain] = list(recorder.trace.values())[-1].experts_LTK
@@ -142,6 +167,19 @@ def streams(ids: Mapping[str, NDArray[np.int32]], experts: int, step_tokens: int
     }
 
 
+def random_stream(ids: Mapping[str, NDArray[np.int32]], experts: int, step_tokens: int, mean: int, seed: int) -> Ints:
+    """[N, L, E] domains in turns of geometric length, the first one first, none twice in a row; each goes on where it was."""
+    rng = np.random.default_rng([seed, mean])
+    parts = [counted(x, range(0, x.shape[1] + 1, step_tokens), experts) for x in ids.values()]
+    at, served, taken = 0, [0] * len(parts), []
+    while len(taken) < RANDOM_STEPS:
+        for _ in range(rng.geometric(1 / mean)):
+            taken.append(parts[at][served[at] % len(parts[at])])
+            served[at] += 1
+        at = (at + rng.integers(1, len(parts))) % len(parts)
+    return np.stack(taken[:RANDOM_STEPS])
+
+
 def policy_for(name: str, plan: Plan, made: Profile) -> Policy:
     """A policy that has seen nothing; the published slots are changed as freely as the published forms change them."""
     if name != "adaptive":
@@ -149,11 +187,11 @@ def policy_for(name: str, plan: Plan, made: Profile) -> Policy:
     return adaptive(made, plan, error_bound=float("inf") if plan.method == PUBLISHED else None)
 
 
-def executed(name: str, plans: Mapping[str, Plan], made: Profile, told: argparse.Namespace) -> tuple[Costs, dict[str, Any]]:
-    """Costs as measured on the running model, and a stream with shifts carried out on it beside its replay."""
-    directory = str(shelf.path(name))
+def executed(
+    directory: str, streamed: Mapping[str, Sequence[str]], plans: Mapping[str, Plan], made: Profile, told: argparse.Namespace
+) -> tuple[Costs, dict[str, Any]]:
+    """Costs as measured on the running model, and the stream of several domains carried out on it."""
     tokenizer = load_tokenizer(directory)
-    streamed = domains(told.data)[1]
     with TemporaryDirectory() as place:
         original = load_model(directory)
         store = ExpertStore.create(original, place, sorted({p for c in plans[OURS].layers for p in c.precisions} | {"int8"}))
@@ -177,9 +215,10 @@ def executed(name: str, plans: Mapping[str, Plan], made: Profile, told: argparse
 
 def run(name: str, told: argparse.Namespace) -> dict[str, Any]:
     """All streams and policies on one model."""
-    made, ids = recorded(name, told)
+    made, every = recorded(name, told, 0)
+    ids = dict(itertools.islice(every.items(), len(DOMAINS)))
     plans = {PUBLISHED: make_plan(made, PUBLISHED), OURS: make_plan(made, OURS)}
-    costs, carried_out = executed(name, plans, made, told)
+    costs, carried_out = executed(str(shelf.path(name)), domains(told.data)[1], plans, made, told)
     original = sum(layer.num_experts * layer.expert_bytes(sixteen_bit(made.model)) for layer in made.model.layers)
     rows = []
     for stream, steps_NLE in streams(ids, made.model.max_experts, told.step_tokens).items():
@@ -190,8 +229,16 @@ def run(name: str, told: argparse.Namespace) -> dict[str, Any]:
                   for x in ids.values()]  # fmt: skip
     again = replay_stream(np.concatenate(per_domain), plans[OURS], policy_for("adaptive", plans[OURS], made), costs)
     carried_out["replayed_lis"] = again.instantaneous.tolist()
+    drawn = []
+    for seed in range(told.seeds):
+        ids = recorded(name, told, seed)[1]
+        for mean in TURNS:
+            steps_NLE = random_stream(ids, made.model.max_experts, told.step_tokens, mean, seed)
+            for label, start, policy in POLICIES:
+                done = replay_stream(steps_NLE, plans[start], policy_for(policy, plans[start], made), costs)
+                drawn.append({"stream": f"turns of {mean}, seed {seed}", "policy": label} | figures(done, original))
     return {"model": name, "costs": {k: getattr(costs, k) for k in ("per_selection", "per_byte", "per_swap")}, "rows": rows,
-            "executed": carried_out}  # fmt: skip
+            "random": drawn, "executed": carried_out}  # fmt: skip
 
 
 def figures(done: StreamRun, original: int) -> dict[str, Any]:
@@ -239,6 +286,7 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
                     f"| {100 * row['bytes_of_original']:.1f} % | {changes} | {paid} | {moved} | {net} |"
                 )
         lines.append("")
+    lines += random_table(found)
     lines += [
         "**Measured on the running model** (adaptive `rq`, a shorter stream with the same shifts)",
         "",
@@ -256,6 +304,38 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
             f"| {measured:.4f} | {replayed:.4f} |"
         )
     return "\n".join(lines)
+
+
+def random_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The random streams of each model together."""
+    number = len(found[0]["random"]) // len(POLICIES)
+    lines = [
+        f"**random**: {number} streams of {RANDOM_STEPS} steps for each model",
+        "",
+        "| model | policy | LIS, mean of steps | streams in which it is at most that of both published forms | of static "
+        "| changes (of slots) | that paid | net, ms | streams with a net loss |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for one in found:
+        score = {label: np.array([np.mean(row["instantaneous"]) for row in one["random"] if row["policy"] == label])
+                 for label, _, _ in POLICIES}  # fmt: skip
+        published = np.minimum(*(score[label] for label, _, policy in POLICIES if policy in ("all_history", "last_step")))
+        for label, start, policy in POLICIES:
+            rows = [row for row in one["random"] if row["policy"] == label]
+            still = next(score[name] for name, other, kept in POLICIES if (other, kept) == (start, "static"))
+            told = ["", "", ""] if policy == "static" else [
+                f"{sum(row['changes'] for row in rows)} ({sum(row['moving'] for row in rows)})",
+                str(sum(row["paid"] for row in rows)),
+                f"{1e3 * sum(row['net_seconds'] for row in rows):+.0f}",
+            ]  # fmt: skip
+            least = "" if policy != "adaptive" else f"{int((score[label] <= published + 1e-12).sum())} of {number}"
+            kept = "" if policy == "static" else f"{int((score[label] <= still + 1e-12).sum())} of {number}"
+            losses = "" if policy == "static" else str(sum(row["net_seconds"] < 0 for row in rows))
+            lines.append(
+                f"| {'`' + one['model'] + '`' if label == POLICIES[0][0] else ''} | {label} | {score[label].mean():.3f} "
+                f"| {least} | {kept} | {told[0]} | {told[1]} | {told[2]} | {losses} |"
+            )
+    return [*lines, ""]
 
 
 def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -293,6 +373,7 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=2048)
     parser.add_argument("--profile-tokens", type=int, default=8192, help="of the first domain, to plan from")
     parser.add_argument("--execute-steps", type=int, default=6, help="of each domain, on the running model")
+    parser.add_argument("--seeds", type=int, default=2, help="of the random streams")
     parser.add_argument("--out", type=Path, default=Path("out/streaming"))
     parser.add_argument("--write", type=Path, default=None, help="page with `streaming` marks")
     parser.add_argument("--plot", type=Path, default=None)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import PlanError
-from equipoise.planning.streaming.drift import Dwell, Window, js_noise, js_ratio, scatter
+from equipoise.planning.streaming.drift import Window, js_noise, js_ratio, scatter
 
 
 def draws(rng: np.random.Generator, share_LE: np.ndarray, size: int) -> np.ndarray:
@@ -70,28 +70,13 @@ def test_the_size_of_a_window_is_between_its_last_step_and_its_sum(counts, steps
     assert load.sum() - 1e-9 <= window.size[0] <= steps * load.sum() + 1e-9
 
 
-def test_what_lasted_long_is_expected_to_last_and_what_began_as_the_last_few_did():
-    dwell = Dwell(10)
-    assert dwell.expected == pytest.approx(10)
-    for _ in range(40):
-        dwell.step()
-    assert dwell.expected == 40
-    dwell.change()
-    assert dwell.expected == pytest.approx(20)  # geometric mean of 10 and 40
-    for _ in range(4):
-        dwell.step()
-        dwell.change()
-    assert dwell.expected == pytest.approx(1)
-    assert dwell.changes == 5
-
-
 def test_a_layer_that_serves_nothing_says_nothing():
     empty, full = np.zeros((2, 4), np.int64), np.array([[5, 5, 0, 0], [0, 0, 0, 0]])
     assert js_ratio(full, full, (full.sum(1) * 1.0, full.sum(1) * 1.0)) == 0
     assert js_ratio(empty, empty, (empty.sum(1) * 1.0, empty.sum(1) * 1.0)) == 0
 
 
-@pytest.mark.parametrize("wrong", [{"decay": 0}, {"decay": 1.1}, {"most_steps": 1}, {"change": 1}, {"prior_dwell": 0}])
+@pytest.mark.parametrize("wrong", [{"decay": 0}, {"decay": 1.1}, {"most_steps": 1}, {"change": 1}])
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(PlanError, match="given; allowed are"):
         Window(**wrong)

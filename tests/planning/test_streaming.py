@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from equipoise.artifacts import Plan
 from equipoise.errors import EquipoiseError, PlanError
@@ -10,6 +12,7 @@ from equipoise.planning.streaming.adaptive import Adaptive, adaptive
 from equipoise.planning.streaming.decision import Costs, Entry, Ledger, mean_lis, moved, with_layers
 from equipoise.planning.streaming.drift import Window
 from equipoise.planning.streaming.policies import POLICIES, make_policy
+from equipoise.planning.streaming.trial import Trial, fullest
 from planning.cases import make_profile, skewed
 
 FREE = Costs(1e-6, 0.0, 0.0)
@@ -97,7 +100,7 @@ def test_adaptive_keeps_the_plan_when_moving_costs_more_than_it_saves(published)
     loads = np.concatenate([steps(1, first, 10), steps(2, second, 10)])
     dear, made, _ = run(Adaptive(), published, loads, Costs(1e-6, 1.0, 10.0))
     assert dear.layers == published.layers
-    assert any("short of paying" in decided.reason or "no other slots pay" in decided.reason for decided in made)
+    assert any("a change costs" in decided.reason for decided in made)
     # Shares move no byte: with a cheap swap they change although slots are dear.
     shares, _, _ = run(Adaptive(), published, loads, Costs(1e-6, 1.0, 1e-9))
     assert moved(published, shares)[0] == 0
@@ -121,6 +124,82 @@ def test_a_plan_that_did_not_come_into_force_is_proposed_again(published):
     loads = np.concatenate([steps(1, np.full((3, 8), 100.0), 5), steps(2, heavy(2) * 1.0, 3)])
     made = [policy.decide(load, published, Costs(1e-6, 1e-12, 1e-9)) for load in loads]
     assert [decided.plan is not None for decided in made[5:]] == [True, True, True]
+
+
+COUNTED = Costs(1e-6, 0.0, 2e-4)
+
+
+def traffic(seed: int, method: str) -> tuple[Plan, Adaptive, np.ndarray, np.ndarray]:
+    """A plan for one traffic, the policy with what its profile knows, and twenty steps of that traffic and of another one."""
+    rng = np.random.default_rng(seed)
+    first, second = 4000 * rng.lognormal(0, 0.8, (2, 2, 8))
+    windows = rng.poisson(np.broadcast_to(first, (8, 2, 8)))
+    profile = make_profile(
+        windows, importance={"wanda": windows.sum(0).astype(float)}, error={"int8": 0.01, "int4-g32": 0.05}
+    )  # fmt: skip
+    plan = make_plan(profile, method, **({"error_bound": 1.0} if method == "rq" else {}))
+    still, other = (rng.poisson(np.broadcast_to(mean, (20, 2, 8))) for mean in (first, second))
+    return plan, adaptive(profile, plan, error_bound=float("inf")), still, other
+
+
+def settled(policy: Adaptive, plan: Plan, loads: np.ndarray) -> list[Entry]:
+    ledger = Ledger()
+    for number, load in enumerate(loads, start=1):
+        ledger.serve(load, COUNTED.per_selection)
+        made = policy.decide(load, plan, COUNTED)
+        if made.plan is not None:
+            ledger.change(Entry(number, made.pays, made.cost, made.slots, made.bytes), plan, made.plan)
+            plan = made.plan
+    return ledger.entries
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.sampled_from(["rq", "rq-paper"]))
+def test_on_stationary_loads_slots_stay_and_a_planted_shift_is_answered_by_one_change_that_pays(seed, method):
+    plan, policy, still, _ = traffic(seed, method)
+    entries = settled(policy, plan, still)
+    assert not any(entry.slots for entry in entries)
+    plan, policy, still, other = traffic(seed, method)
+    entries += settled(policy, plan, np.concatenate([still, other]))
+    answer = [entry for entry in entries if entry.step in (21, 22)]
+    assert len(answer) == 1
+    assert answer[0].paid > 0
+    assert all(entry.paid > 0 for entry in entries if entry.slots)
+    # A refinement of shares may have come too near the end of the stream, and then loses no more than the swap.
+    assert all(entry.paid > -COUNTED.per_swap for entry in entries)
+
+
+def test_an_alternative_is_judged_by_steps_that_it_was_not_chosen_on_and_by_its_standard_error(published):
+    other = make_policy("last_step").decide(heavy(6), published, FREE).plan
+    trial = Trial(other, (heavy(6) * 1.0, np.full(3, 170.0)), chosen_on=2)
+    assert trial.regret == 0
+    assert not trial.pays(published, FREE, 2.0)
+    loads = steps(1, heavy(6) * 1.0, 4)
+    for load in loads[:2]:
+        trial.serve(load, published, 1.0)
+    assert trial.over
+    less = [fullest(published, load) - fullest(other, load) for load in loads[:2]]
+    assert trial.regret == pytest.approx(sum(less))
+    assert trial.error == pytest.approx(np.std(less, ddof=1) * np.sqrt(2))
+    sure = (trial.regret - trial.error) * 1e-6
+    assert sure > 0
+    assert trial.pays(published, Costs(1e-6, 0.0, sure / 2 * 0.99), 2.0)
+    assert not trial.pays(published, Costs(1e-6, 0.0, sure / 2 * 1.01), 2.0)
+
+
+def test_a_single_step_is_trusted_as_far_as_counts_scatter(published):
+    other = make_policy("last_step").decide(heavy(6), published, FREE).plan
+    sums = fullest(published, heavy(6)) + fullest(other, heavy(6))
+    for scatter in (1.0, 25.0):
+        trial = Trial(other, (heavy(6) * 1.0, np.full(3, 170.0)), chosen_on=1)
+        trial.serve(heavy(6), published, scatter)
+        assert trial.error == pytest.approx(np.sqrt(scatter * sums))
+
+
+@pytest.mark.parametrize("wrong", [{"most_moves": -1}, {"error_bound": -0.1}, {"odds": 0.0}])
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(PlanError, match="given; allowed are"):
+        Adaptive(**wrong)
 
 
 def test_new_slots_do_not_add_to_an_error_beyond_the_bound():

@@ -33,7 +33,7 @@ class StreamMetrics:
         try:
             from prometheus_client import CollectorRegistry, Counter, Gauge
         except ImportError as error:
-            raise EquipoiseError("metrics need prometheus-client: pip install equipoise[serve]; or leave them out.") from error
+            raise EquipoiseError("metrics need prometheus-client: pip install prometheus-client; or leave them out.") from error
         self.registry = CollectorRegistry()
 
         def gauge(name: str, text: str, *labels: str) -> Any:

@@ -1,4 +1,4 @@
-"""The adaptive streaming policy: other slots when what they save until the load changes again exceeds what they cost.
+"""The adaptive streaming policy: other slots once keeping those in force has cost more than changing them would.
 
 Shapes: N steps of a window, L MoE layers, E logical experts of the widest layer, P slots of a layer, Q precisions.
 """
@@ -14,22 +14,26 @@ from numpy.typing import NDArray
 from equipoise.artifacts import LayerPlan, Plan, Profile
 from equipoise.errors import PlanError
 from equipoise.planning.budget import Budget, make_budget
-from equipoise.planning.streaming.decision import Costs, Decision, Floats, Load, decision
-from equipoise.planning.streaming.drift import Dwell, Window, scatter
+from equipoise.planning.streaming.decision import Costs, Decision, Floats, Load, decision, with_layers
+from equipoise.planning.streaming.drift import Window, scatter
 from equipoise.planning.streaming.reassign import LayerTask, Stop, path
+from equipoise.planning.streaming.trial import Trial
 from equipoise.precisions import precision
-
-FEW = 3
-"""Steps of a window from which on their own scatter is taken for the error of a mean over them."""
 
 
 class Adaptive:
-    """Changes slots when what that saves until the load changes again is more than what it costs.
+    """Changes slots when not having changed them has cost more than the change costs.
 
-    A sliding window of steps with decay; a change of traffic empties it. New slots are looked for when the window is further
-    from the load that was last planned for than chance explains, or knows twice as much of it. For each layer the best stop
-    on a path of changes is chosen by `saved seconds * expected dwell - seconds of moving`; all layers together must also pay
-    for the swap.
+    A sliding window of steps with decay; a change of traffic empties it. For each layer the best stop on a path of changes is
+    chosen on the window, by `seconds saved in as many steps again - seconds of moving`. The alternative that they make is then
+    tried on steps that it was not chosen on: what the plan in force takes longer in them is its regret. When the regret, less
+    one standard error, exceeds `odds` times the cost of moving and of the swap, the alternative is put in force. An alternative
+    that was tried on as many steps as it was chosen on, and has not come so far, gives way to another, chosen on all of them.
+
+    To wait until what was lost equals the price is the rule of ski rental (Karlin, Manasse, Rudolph and Sleator, "Competitive
+    snoopy caching", Algorithmica 3, 1988): but for the standard error, one change between two plans costs at most 1 + `odds`
+    times what foreknowledge would. That the steps of the trial are others than those of the choice keeps the best of many
+    candidates from being judged by the luck that made it look best.
     """
 
     def __init__(
@@ -39,11 +43,8 @@ class Adaptive:
         budget: Budget | None = None,
         profile: Profile | None = None,
         error_bound: float = float("inf"),
-        drift: float = 2.0,
         most_moves: int = 64,
-        doubt: float = 2.0,
-        margin: float = 2.0,
-        prior_dwell: float = 16.0,
+        odds: float = 2.0,
     ) -> None:
         """A policy without memory yet.
 
@@ -53,102 +54,104 @@ class Adaptive:
             profile: that the errors are of, whose load they are scaled from.
             error_bound: most relative RMS error of the layers' routed output under the window's load. Where the plan in force
                 exceeds it already, as it may after a change of traffic, new slots must not add to it.
-            drift: how many times further than chance explains the window must be from the load last planned for.
             most_moves: slots of one layer that may change at once.
-            doubt: standard errors over the window's steps that are deducted from what a change saves.
-            margin: how many times its cost a change must save to be made, for what is saved is only expected.
-            prior_dwell: steps that a change is thought to be in force before there was one.
+            odds: how many times its cost the regret must exceed. What has lasted for some steps, at a moment like any other,
+                lasts for x times as many again with probability 1 / (1 + x); a change then earns its cost back with odds of
+                at least `odds` to 1.
 
         Raises:
             PlanError: a number out of range, or errors without the profile that they are of.
         """
-        if not drift > 0 or min(most_moves, doubt, error_bound) < 0 or margin < 1:
+        if min(most_moves, error_bound) < 0 or not odds > 0:
             raise PlanError(
-                f"drift {drift}, most_moves {most_moves}, doubt {doubt}, error_bound {error_bound}, margin {margin} given; "
-                "allowed are a drift above 0, a margin from 1, the others from 0."
+                f"most_moves {most_moves}, error_bound {error_bound}, odds {odds} given; allowed are odds above 0, the others "
+                "from 0."
             )
         if (budget is None) != (profile is None):
             raise PlanError("errors and the profile that they are of go together; give both or neither.")
         self.window = window or Window()
         self._budget, self._profile, self._bound = budget, profile, error_bound
-        self._drift, self._most, self._doubt, self._margin = drift, most_moves, doubt, margin
+        self._most, self._odds = most_moves, odds
         self._planned: tuple[Floats, Floats] | None = None if profile is None else _own(profile)
-        self._checked = self._planned
-        self._proposed: Plan | None = None
-        self._own = Dwell(prior_dwell)
-
-    @property
-    def dwell(self) -> float:
-        """Steps that a change is expected to be in force: until traffic changes, or this policy changes the plan again."""
-        return min(self.window.dwell, self._own.expected)
+        self._trial: Trial | None = None
 
     def decide(self, load_LE: Load, plan: Plan, costs: Costs) -> Decision:
-        """Other slots where they pay."""
+        """Other slots where keeping those in force has cost more."""
         begun = time.perf_counter()
         window = self.window
         changed = window.add(np.asarray(load_LE, np.int64))
-        self._own.step()
-        if self._planned is None or self._checked is None:
-            self._planned = self._checked = window.load, window.size
-        refused = self._proposed is not None and plan.layers != self._proposed.layers
-        self._proposed = None
-        bits = window.drift(*self._planned)[0]
-        ratio = window.drift(*self._checked)[1]
-        learned = float(window.size.sum()) >= 2 * float(self._checked[1].sum())
-        kept = Decision(None, "the load is as planned for", bits, changed, dwell=self.dwell)
-        if not (changed or learned or refused or ratio > self._drift):
-            return replace(kept, seconds=time.perf_counter() - begun)
-        self._checked = window.load, window.size
-        stops = self._choose(plan, costs)
-        layers = tuple(
-            columns.model_copy(update={"experts": tuple(s.experts.tolist()), "shares": tuple(s.shares.tolist())})
-            if changes
-            else columns
-            for columns, (s, changes, _) in zip(plan.layers, stops, strict=True)
-        )
-        saved = sum(won for _, changes, won in stops if changes)
-        made = decision(plan, layers, costs, f"drift {bits:.4f} bits, {ratio:.1f} x chance", begun)
-        made = replace(made, drift=bits, changed=changed, saved=saved, dwell=self.dwell)
-        short = self._margin * made.cost - made.saved * made.dwell
-        if made.plan is None or short >= 0:
-            why = "no other slots pay" if made.plan is None else f"{short:.3g} s short of paying"
-            return replace(made, plan=None, reason=f"{made.reason}; {why}", seconds=time.perf_counter() - begun)
-        self._planned, self._proposed = self._checked, made.plan
-        self._own.change()
-        return replace(made, seconds=time.perf_counter() - begun)
+        if self._planned is None:
+            self._planned = window.load, window.size
+        bits, ratio = window.drift(*self._planned)
+        trial = self._advance(plan, costs, changed)
+        reason = f"drift {bits:.4f} bits, {ratio:.1f} x chance; {trial.standing(plan, costs)}"
+        if trial.plan is None or not trial.pays(plan, costs, self._odds):
+            return Decision(None, reason, bits, changed, seconds=time.perf_counter() - begun)
+        made = decision(plan, trial.plan.layers, costs, reason, begun)
+        saved = trial.regret / trial.tried * costs.per_selection
+        return replace(made, drift=bits, changed=changed, saved=saved, dwell=float(trial.tried))
 
-    def _choose(self, plan: Plan, costs: Costs) -> list[tuple[Stop, bool, float]]:
-        """For each layer its stop, whether that is a change, and the seconds a step that it saves."""
+    def _advance(self, plan: Plan, costs: Costs, changed: bool) -> Trial:
+        """The trial after the latest step: the one that was under way, or another where it is over."""
+        window, trial = self.window, self._trial
+        load_LE = window.loads[-1]
+        if trial is not None and trial.plan is not None and trial.plan.layers == plan.layers:
+            # It came into force, and is left alone for as many steps as it was chosen and tried on.
+            self._planned = trial.chosen_for
+            trial = Trial(None, trial.chosen_for, len(window.loads) - 1)
+        if changed:
+            trial = None
+        elif trial is not None:
+            trial.serve(load_LE, plan, window.scatter)
+        if trial is None or (trial.over and not trial.pays(plan, costs, self._odds)):
+            trial = Trial(self._alternative(plan, costs), (window.load, window.size), len(window.loads))
+            if changed:
+                # The step that showed the change was itself served worse than it could have been.
+                trial.serve(load_LE, plan, window.scatter)
+        self._trial = trial
+        return trial
+
+    def _alternative(self, plan: Plan, costs: Costs) -> Plan | None:
+        """What the window says would be better; None when nothing would."""
+        layers = tuple(
+            columns
+            if stop is None
+            else columns.model_copy(update={"experts": tuple(stop.experts.tolist()), "shares": tuple(stop.shares.tolist())})
+            for columns, stop in zip(plan.layers, self._choose(plan, costs), strict=True)
+        )
+        return None if layers == plan.layers else with_layers(plan, layers)
+
+    def _choose(self, plan: Plan, costs: Costs) -> list[Stop | None]:
+        """For each layer what its slots should hold; None where they stay."""
         error_LEQ = self._errors(plan)
-        chosen: list[tuple[Stop, bool, float]] = []
-        worse: list[tuple[float, float, int, Stop, float]] = []
-        total = 0.0
+        chosen: list[Stop | None] = []
+        worse: list[tuple[float, float, int, Stop]] = []
+        total, horizon = 0.0, len(self.window.loads)
         for layer, columns in enumerate(plan.layers):
             task = self._task(plan, layer)
             stops = path(task, self._most)
             size_P = columns.slot_bytes(plan.model.layers[layer])
             kinds = _kinds(columns, error_LEQ, self._budget)
             here = [_error(stop, kinds, error_LEQ, layer) for stop in stops]
-            total += here[0]
-            saved = [self._saved(task, stops[0], stop) * costs.per_selection for stop in stops]
+            less = [float(task.weights @ (stops[0].peaks - stop.peaks)) / float(task.weights.sum()) for stop in stops]
+            # What lasted so long is expected to last as long again.
             net = [
-                won * self.dwell - int(size_P[list(s.moved)].sum()) * costs.per_byte
-                for won, s in zip(saved, stops, strict=True)
+                won * costs.per_selection * horizon - int(size_P[list(stop.moved)].sum()) * costs.per_byte
+                for won, stop in zip(less, stops, strict=True)
             ]
             free = max((i for i in range(len(stops)) if here[i] <= here[0] + 1e-12), key=lambda i: net[i])
-            chosen.append((stops[free], free > 0 and net[free] > 0, saved[free]))
-            if chosen[-1][1]:
-                total += here[free] - here[0]
             best = max(range(len(stops)), key=lambda i: net[i])
-            if net[best] > max(net[free], 0.0):
-                added = here[best] - (here[free] if chosen[-1][1] else here[0])
-                worse.append((added / (net[best] - max(net[free], 0.0)), added, layer, stops[best], saved[best]))
+            chosen.append(stops[free] if net[free] > 0 else None)
+            total += here[free]
+            if net[best] > net[free]:
+                added = here[best] - here[free]
+                worse.append((added / (net[best] - net[free]), added, layer, stops[best]))
         # Stops that add to the error, those that add least for what they win first, while the bound allows.
         bound = self._bound**2 * len(plan.layers)
-        for _, added, layer, stop, won in sorted(worse, key=lambda entry: entry[0]):
+        for _, added, layer, stop in sorted(worse, key=lambda entry: entry[0]):
             if total + added <= bound:
                 total += added
-                chosen[layer] = (stop, True, won)
+                chosen[layer] = stop
         return chosen
 
     def _task(self, plan: Plan, layer: int) -> LayerTask:
@@ -164,17 +167,6 @@ class Adaptive:
             weights=self.window.weights,
             least_loaded=plan.dispatch == "least_loaded",
         )
-
-    def _saved(self, task: LayerTask, before: Stop, after: Stop) -> float:
-        """Selections that the fullest unit has less in a step: the window's weighted mean, less some standard errors."""
-        less_N, weight_N = before.peaks - after.peaks, task.weights / task.weights.sum()
-        mean = float(weight_N @ less_N)
-        if len(less_N) < FEW:
-            # Too few to see how they scatter: as counts do, times what this traffic scatters more.
-            variance = self.window.scatter * float(weight_N @ (before.peaks + after.peaks))
-        else:
-            variance = float(weight_N @ (less_N - mean) ** 2)
-        return mean - self._doubt * float(np.sqrt(variance * (weight_N @ weight_N)))
 
     def _errors(self, plan: Plan) -> Floats | None:
         """[L, E, Q] squared error that each choice brings under the window's load; None when errors are not looked at."""

@@ -14,8 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from equipoise.artifacts import LayerPlan, Plan
+from equipoise.artifacts.json_file import first_problem
+from equipoise.errors import PlanError
 from equipoise.metrics import lis
 
 Floats = NDArray[np.float64]
@@ -49,7 +52,7 @@ class Decision:
         drift: Jensen-Shannon divergence in bits between the window and the load of the plan in force, mean over layers; nan
             for a policy that does not look at it.
         changed: a change of traffic was found at this step.
-        saved: predicted seconds per step that the new plan saves.
+        saved: seconds per step that the new plan is expected to save.
         dwell: steps for which that is expected to last.
         cost: seconds of moving and of the swap.
         slots: slots that get another expert.
@@ -160,9 +163,9 @@ def decision(plan: Plan, layers: tuple[LayerPlan, ...], costs: Costs, reason: st
         return Decision(None, "nothing to change", seconds=time.perf_counter() - begun)
     after = with_layers(plan, layers)
     slots, size, count = moved(plan, after)
-    cost = size * costs.per_byte + costs.per_swap
     return Decision(
-        after, reason, cost=cost, slots=slots, bytes=size, layers=count, seconds=time.perf_counter() - begun
+        after, reason, cost=moving_cost(plan, after, costs), slots=slots, bytes=size, layers=count,
+        seconds=time.perf_counter() - begun,
     )  # fmt: skip
 
 
@@ -172,7 +175,11 @@ def with_layers(plan: Plan, layers: tuple[LayerPlan, ...]) -> Plan:
     Raises:
         PlanError: the slots make no valid plan.
     """
-    return Plan.from_json(plan.model_copy(update={"layers": layers, "predicted": None}).to_json(), "changed plan")
+    changed = dict(plan) | {"layers": [columns.model_dump() for columns in layers], "predicted": None}
+    try:
+        return Plan.model_validate(changed)
+    except ValidationError as error:
+        raise PlanError(f"the changed layers make no valid plan: {first_problem(error)}") from error
 
 
 def moved(before: Plan, after: Plan) -> tuple[int, int, int]:
@@ -184,6 +191,11 @@ def moved(before: Plan, after: Plan) -> tuple[int, int, int]:
         size += int(new.slot_bytes(facts)[differs].sum()) if facts.matrices else 0
         layers += old != new
     return slots, size, layers
+
+
+def moving_cost(before: Plan, after: Plan, costs: Costs) -> float:
+    """Seconds to get from one plan to another: bytes of the slots that change, and the swap."""
+    return moved(before, after)[1] * costs.per_byte + costs.per_swap
 
 
 def mean_lis(unit_load_LU: NDArray[Any]) -> float:

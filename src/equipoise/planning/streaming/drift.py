@@ -1,4 +1,4 @@
-"""What the load of a running model does over time: a window that forgets, changes of traffic, and how long a load lasts.
+"""What the load of a running model does over time: a window that forgets, and changes of traffic.
 
 Text comes in documents, so neighbouring tokens choose alike and counts scatter more than independent draws would. How
 much more is measured on the stream itself, from what one step differs from the next, and every test is held against it.
@@ -21,8 +21,6 @@ Floats = NDArray[np.float64]
 PAIRS, QUANTILE = 12, 0.75
 """Differences of neighbouring steps, and the one of them that is the scatter: a single change of traffic does not count as
 scatter, but steps that differ again and again soon do."""
-LATEST = 4
-"""Durations that the next one is judged by."""
 
 
 def js_noise(first_LE: NDArray[np.generic], second_LE: NDArray[np.generic], sizes: tuple[Floats, Floats]) -> Floats:
@@ -62,42 +60,6 @@ def scatter(windows: NDArray[np.generic], scenario: NDArray[np.integer] | None =
     return max(1.0, float(np.median(ratios))) if ratios else None
 
 
-class Dwell:
-    """How long something lasts that changes now and then.
-
-    What has lasted long is expected to last as long again (as with any power law of durations); what has just begun, as long as
-    the last few did, in the geometric mean, since durations differ by orders of magnitude.
-
-    Attributes:
-        changes: so far.
-    """
-
-    def __init__(self, prior: float) -> None:
-        """Nothing seen yet.
-
-        Args:
-            prior: steps that it is thought to last before any change was seen.
-        """
-        self._lasted: deque[float] = deque([prior], maxlen=LATEST)
-        self._age = 0
-        self.changes = 0
-
-    def step(self) -> None:
-        """A step went by."""
-        self._age += 1
-
-    def change(self) -> None:
-        """It changed."""
-        self._lasted.append(max(self._age, 1))
-        self._age = 0
-        self.changes += 1
-
-    @property
-    def expected(self) -> float:
-        """Steps that are still to come."""
-        return max(float(self._age), float(np.exp(np.log(self._lasted).mean())))
-
-
 class Window:
     """The load of the latest steps: older ones count less, and a change of traffic drops what was before it.
 
@@ -114,7 +76,6 @@ class Window:
         most_steps: int = 32,
         change: float = 4.0,
         prior_scatter: float | None = None,
-        prior_dwell: float = 16.0,
     ) -> None:
         """An empty window.
 
@@ -125,26 +86,23 @@ class Window:
                 taken for a change of traffic.
             prior_scatter: as `scatter`, of a profile; used until the stream has shown its own. Without it the first steps are
                 trusted to be of one traffic.
-            prior_dwell: steps for which a load is thought to last before any change was seen.
 
         Raises:
             PlanError: a number out of range.
         """
-        if not 0 < decay <= 1 or most_steps < 2 or not change > 1 or not prior_dwell > 0:
+        if not 0 < decay <= 1 or most_steps < 2 or not change > 1:
             raise PlanError(
-                f"decay {decay}, most_steps {most_steps}, change {change}, dwell {prior_dwell} given; allowed are a decay "
-                "above 0 up to 1, 2 steps or more, a change above 1, a dwell above 0."
+                f"decay {decay}, most_steps {most_steps}, change {change} given; allowed are a decay above 0 up to 1, 2 steps "
+                "or more, a change above 1."
             )
         self._decay, self._change = decay, change
         self._loads: deque[NDArray[np.int64]] = deque(maxlen=most_steps)
         self._ratios: deque[float] = deque([] if prior_scatter is None else [prior_scatter], maxlen=PAIRS)
-        self._dwell = Dwell(prior_dwell)
         self.steps = 0
 
     def add(self, load_LE: NDArray[np.integer]) -> bool:
         """Take in a step; True when it is of other traffic than the steps before it, which are then dropped."""
         self.steps += 1
-        self._dwell.step()
         changed = False
         if self._loads:
             last = self._loads[-1]
@@ -153,15 +111,9 @@ class Window:
             changed = bool(self._ratios) and ratio > self._change * self.scatter
             self._ratios.append(js_ratio(last, load_LE, (_size(last), now[1])))
             if changed:
-                self._dwell.change()
                 self._loads.clear()
         self._loads.append(np.array(load_LE, np.int64))
         return changed
-
-    @property
-    def changes(self) -> int:
-        """Changes of traffic that were found."""
-        return self._dwell.changes
 
     @property
     def scatter(self) -> float:
@@ -195,11 +147,6 @@ class Window:
         weight_N, sizes_NL = self.weights, self.loads.sum(-1).astype(np.float64)
         squared_L = (weight_N[:, None] ** 2 * sizes_NL).sum(0)
         return np.asarray((weight_N[:, None] * sizes_NL).sum(0) ** 2 / np.maximum(squared_L, 1e-9))
-
-    @property
-    def dwell(self) -> float:
-        """Steps that the traffic may be expected to stay as it is."""
-        return self._dwell.expected
 
     def drift(self, planned_LE: NDArray[np.generic], planned_size_L: Floats | None = None) -> tuple[float, float]:
         """How far the window is from the load that was planned for.

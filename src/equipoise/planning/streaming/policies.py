@@ -57,7 +57,7 @@ POLICIES.register(
 )(lambda given: Published(history=False, **given.options))
 POLICIES.register(
     "adaptive",
-    summary="window with decay and drift detection; other slots when what they save exceeds what they cost, both measured",
+    summary="window with decay and drift detection; other slots once keeping these has cost more than a change does",
     source="Equipoise",
 )(lambda given: adaptive(given.profile, given.plan, **given.options))
 

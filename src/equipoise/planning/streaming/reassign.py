@@ -114,17 +114,32 @@ def _stop(task: LayerTask, experts: Ints, flow_P: Floats, p_E: Floats) -> Stop:
     return Stop(experts, shares, moved, _peaks(task, experts, shares))
 
 
-def _peaks(task: LayerTask, experts: Ints, shares: Floats) -> Floats:
-    """[N] selections of the fullest unit in each step."""
-    if task.least_loaded:
-        total_N1 = np.maximum(task.loads.sum(1, keepdims=True), 1)
-        p_NE = task.units * task.loads / total_N1
+def peaks(
+    experts: Ints, shares: Floats, units_P: Ints, units: int, loads_NE: NDArray[np.int64], *, least_loaded: bool = False
+) -> Floats:
+    """[N] selections of the fullest unit in each step.
+
+    Args:
+        experts: [P] that the slots hold.
+        shares: [P] of their experts' selections.
+        units_P: [P] unit of each slot.
+        units: U.
+        loads_NE: [N, E] selections of each expert.
+        least_loaded: each step is split anew, so that shares do not matter.
+    """
+    if least_loaded:
+        total_N1 = np.maximum(loads_NE.sum(1, keepdims=True), 1)
+        p_NE = units * loads_NE / total_N1
         flow = even_flows(experts[None], p_NE)
-        load_NU = fit_flows(experts[None], task.units_P[None], p_NE, task.units, flow, CAREFUL)[1][0]
-        return np.asarray(load_NU.max(1) * total_N1[:, 0] / task.units)
-    on_unit_PU = np.zeros((len(experts), task.units))
-    on_unit_PU[np.arange(len(experts)), task.units_P] = 1.0
-    return np.asarray(((task.loads[:, experts] * shares) @ on_unit_PU).max(1))
+        load_NU = fit_flows(experts[None], units_P[None], p_NE, units, flow, CAREFUL)[1][0]
+        return np.asarray(load_NU.max(1) * total_N1[:, 0] / units)
+    on_unit_PU = np.zeros((len(experts), units))
+    on_unit_PU[np.arange(len(experts)), units_P] = 1.0
+    return np.asarray(((loads_NE[:, experts] * shares) @ on_unit_PU).max(1))
+
+
+def _peaks(task: LayerTask, experts: Ints, shares: Floats) -> Floats:
+    return peaks(experts, shares, task.units_P, task.units, task.loads, least_loaded=task.least_loaded)
 
 
 def _fitted(task: LayerTask, experts: Ints, p_E: Floats, start_P: Floats | None, rounds: int) -> tuple[Floats, Floats]:
