@@ -25,7 +25,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -264,22 +264,22 @@ def batch_of(served: Ints, tokens: int, phase: str, rng: np.random.Generator) ->
     return served[first : first + tokens]
 
 
-def worker(rank: int, size: int, directory: Path, args: tuple[Any, ...]) -> None:
+def worker(rank: int, size: int, directory: Path, run: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """One process."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(directory / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
     with Ranks(rank, size, 300.0) as ranks:
-        found = run_rank(ranks, *args)
+        found = run(ranks, *args)
     if rank == 0:
         (directory / "found.json").write_text(json.dumps(found))
 
 
-def on_processes(size: int, *args: Any) -> dict[str, Any]:
-    """What rank 0 of so many processes found."""
+def on_processes(size: int, run: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """What `run(ranks, *args)` gives on rank 0 of so many processes."""
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
-        processes = [fork.Process(target=worker, args=(rank, size, Path(name), args)) for rank in range(size)]
+        processes = [fork.Process(target=worker, args=(rank, size, Path(name), run, args)) for rank in range(size)]
         for process in processes:
             process.start()
         for process in processes:
@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, sizes = [], {"prefill": given.prefill, "decode": given.decode}
     for size in given.ranks:
         plans = {case: plans_of(facts, flow.planned, size, given.extra) for case, flow in flows.items()}
-        rows += summary(on_processes(size, plans, flows, sizes, given.rounds), size)
+        rows += summary(on_processes(size, run_rank, plans, flows, sizes, given.rounds), size)
     points = []
     for case, flow in flows.items():
         batches = [batch_of(flow.served, given.prefill, "prefill", np.random.default_rng(s)) for s in range(8)]

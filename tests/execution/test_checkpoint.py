@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from equipoise.artifacts import ModelFacts, Plan
+from equipoise.artifacts.plan import PLAN_FILE
 from equipoise.errors import CheckpointError
 from equipoise.execution import checkpoint
 from equipoise.execution.apply import apply_plan, expert_bytes, set_dispatch, set_int8_activations
 from equipoise.execution.balanced_config import WEIGHTS, WEIGHTS_INDEX, plan_of
-from equipoise.execution.checkpoint import PLAN_FILE, load, save_balanced
+from equipoise.execution.checkpoint import load, save_balanced
 from equipoise.execution.slots import slots_of
 from equipoise.models.layers import model_facts
 from execution.helpers import make_plan, token_batch
@@ -244,7 +245,7 @@ def test_damaged_configurations_are_refused(balanced: PreTrainedModel, fresh: Fr
     fresh().save_pretrained(tmp_path / "plain")
     with pytest.raises(CheckpointError, match="holds no balanced model"):
         load(tmp_path / "plain")
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="give the directory of a model that"):
         load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="carries no plan"):
         save_balanced(fresh(), None, tmp_path / "x")

@@ -12,9 +12,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from equipoise.artifacts import Plan
+from equipoise.artifacts.plan import PLAN_FILE
 from equipoise.errors import CheckpointError, EquipoiseError, ModelError, PlanError
 from equipoise.execution.apply import apply_plan
-from equipoise.execution.checkpoint import PLAN_FILE, load, save_balanced
+from equipoise.execution.checkpoint import load, save_balanced
 from equipoise.execution.layerwise import Calibration, quantize_model
 from equipoise.execution.streamed import apply_streamed
 from equipoise.models.layers import model_facts

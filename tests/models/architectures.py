@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -214,17 +214,19 @@ def discover() -> tuple[str, ...]:
     return tuple(sorted({file.parent.name for file in files if _EXPERTS.search(file.read_text(encoding="utf-8"))}))
 
 
-def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:
     """A random model of a few thousand weights, in evaluation mode; the same for the same seed.
 
     Args:
         name: a key of `ARCHITECTURES`.
         seed: of its weights.
         dtype: of its weights.
+        fields: of its configuration, beyond those of the table.
     """
-    model_class = _model_class(name)
+    model_class, spec = _model_class(name), ARCHITECTURES[name]
     torch.manual_seed(seed)
-    model = model_class(_config(model_class.config_class, ARCHITECTURES[name])).to(dtype).eval()
+    spec = replace(spec, fields={**spec.fields, **fields})
+    model = model_class(_config(model_class.config_class, spec)).to(dtype).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1 and ("expert" in key or "router" in key):

@@ -62,7 +62,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"x\.safetensors"):
             TensorFiles([path])
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="is missing; copy it again"):
         TensorFiles([tmp_path / "nothing"])
 
 

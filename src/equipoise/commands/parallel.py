@@ -37,6 +37,7 @@ MEASURES = (
     ("largest over mean", "imbalance", ".3f"),
     ("replicas that served, on the busiest rank", "activated_max", ".1f"),
     ("bytes of weights read, on the busiest rank", "read_bytes_max", ",.0f"),
+    ("token-expert pairs that another rank served", "rows_moved", ",.1f"),
     ("bytes of weights sent between ranks", "weight_bytes_moved", ",.0f"),
     ("bytes of tokens sent between ranks", "token_bytes_moved", ",.0f"),
     ("ms of the slowest rank", "layer_ms", ".2f"),
@@ -45,6 +46,11 @@ MEASURES = (
     ("ms to decide, exchange of counts included", "decide_ms", ".2f"),
 )
 """Figures of a phase: what they are, their key, their format."""
+CONTEXT_MEASURES = (
+    ("bytes of context sent between ranks, in a forward", "context_bytes_moved", ",.0f"),
+    ("ms to exchange the context, in a forward", "context_ms", ".2f"),
+)
+"""As `MEASURES`, of a coherent context."""
 
 
 def parallel(
@@ -52,7 +58,7 @@ def parallel(
     plan: Annotated[
         Path | None,
         typer.Option(
-            help="plan to carry out; a balanced model brings its own  [default: experts in order, as engines place them]"
+            help="plan to carry out; a balanced model brings its own", show_default="experts in order, as engines place them"
         ),
     ] = None,
     text: Text = None,
@@ -63,6 +69,13 @@ def parallel(
             help="which rank serves which token: plan, even, least_loaded, llep, quota, metro, or prefill=NAME,decode=NAME"
         ),
     ] = "plan",
+    context: Annotated[
+        str,
+        typer.Option(
+            help="own: each rank holds keys and values of its own texts; coherent: all ranks hold all, and a token in decode "
+            "stays where its expert ran (models of top-k 1)"
+        ),
+    ] = "own",
     mixed: Annotated[
         str, typer.Option(help="plans whose copies of an expert differ in precision, under rules by counts: refuse or label")
     ] = "refuse",
@@ -90,7 +103,7 @@ def parallel(
     from equipoise.profiling.progress import ProgressBar
     from equipoise.profiling.sequences import Framing, text_batches
 
-    documents = read(scenario_files(text, scenario), field)
+    documents = read(scenario_files(text, scenario), field, model)
     with start_ranks(device=device, timeout_s=timeout) as ranks, ProgressBar(not quiet and ranks.rank == 0) as bar:
         bar.stage("loading", 1, "model")
         loaded, decided = _load(model, plan, dtype, ranks.device, ranks.size)
@@ -100,7 +113,8 @@ def parallel(
             tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
         )  # fmt: skip
         parallelize(
-            loaded, ranks, decided, dispatch=dispatch, options=assignments(options), mixed=mixed,  # type: ignore[arg-type]
+            loaded, ranks, decided, dispatch=dispatch, options=assignments(options),
+            context=context, mixed=mixed,  # type: ignore[arg-type]
         )  # fmt: skip
         from equipoise.evaluation.parallel import run_parallel
 
@@ -112,6 +126,7 @@ def parallel(
         "model": model,
         "plan": decided.method,
         "ranks": ranks.size,
+        "context": context,
         "dispatch": decided.dispatch if dispatch == "plan" else dispatch,
         "exactness": decided.exactness,
         "depends_on_batch": mixed == "label" and bool(unlike_copies(decided)),
@@ -145,9 +160,10 @@ def _tables(rows: dict[str, Any]) -> list[Any]:
 
     phases = [phase for phase in ("prefill", "decode") if rows[phase] is not None]
     ranks = "1 rank" if rows["ranks"] == 1 else f"{rows['ranks']} ranks"
-    title = f"{ranks}, {rows['plan']}, {rows['dispatch']}: a MoE layer in a forward (measured)"
+    context = ", coherent context" if rows["context"] == "coherent" else ""
+    title = f"{ranks}, {rows['plan']}, {rows['dispatch']}{context}: a MoE layer in a forward (measured)"
     table = new_table(title, [""], phases)
-    for name, key, style in MEASURES:
+    for name, key, style in MEASURES + (CONTEXT_MEASURES if rows["context"] == "coherent" else ()):
         table.add_row(name, *(format(rows[phase][key], style) for phase in phases))
     label = "depends on the batch" if rows["depends_on_batch"] else "does not depend on the batch"
     return [

@@ -11,7 +11,7 @@ import torch
 
 from equipoise.errors import EquipoiseError, TextError
 from equipoise.execution.expert_parallel.meter import ParallelMeter, ParallelReport
-from equipoise.execution.expert_parallel.runtime import rank_slots
+from equipoise.execution.expert_parallel.runtime import rank_slots, staying_slots
 from equipoise.profiling.forward import negative_log_likelihood
 from equipoise.profiling.sequences import Batch
 
@@ -58,6 +58,8 @@ def run_parallel(
 ) -> ParallelRun:
     """Run text through a divided model, each rank its own batches in turn; every rank calls it and gets the same.
 
+    With a coherent context all ranks run each batch together.
+
     Args:
         model: divided by `expert_parallel.parallelize`, not shared.
         batches: all of them, alike on every rank; rank r runs each R-th.
@@ -74,19 +76,23 @@ def run_parallel(
         raise TextError("no text to run; give some.")
     if slots[0].shared:
         raise EquipoiseError("the ranks share one batch, so there is nothing to divide; parallelize without `shared`.")
+    # Of the batches at a time, which is this rank's.
+    apart, at = (1, 0) if staying_slots(model) else (ranks.size, ranks.rank)
     total, count = 0.0, 0
-    rounds = -(-len(batches) // ranks.size)
+    rounds = -(-len(batches) // apart)
     with ParallelMeter(model) as meter:
         for step in range(rounds):
-            mine = step * ranks.size + ranks.rank
+            mine = step * apart + at
             # All ranks take part in every forward; one that has run out of text repeats some, which is not scored.
-            found = negative_log_likelihood(model, batches[mine if mine < len(batches) else ranks.rank % len(batches)])
+            found = negative_log_likelihood(model, batches[mine if mine < len(batches) else at % len(batches)])
             if mine < len(batches):
                 total, count = total + found[0], count + found[1]
             progress(step + 1, rounds)
-        if rounds > 1 and len(batches) % ranks.size:
+        if rounds > 1 and len(batches) % apart:
             meter.drop(1)
     prefill = meter.report()
+    if apart < ranks.size and ranks.rank > 0:
+        total, count = 0.0, 0  # all ranks have scored the same
     sums = ranks.add(torch.tensor([total, float(count)], dtype=torch.float64, device=ranks.device), "adding up the loss")
     held = sum(group.nbytes for layer in slots for group in layer.groups)
     every = ranks.gather(torch.tensor([held], device=ranks.device), "gathering bytes").flatten().tolist()
@@ -94,7 +100,7 @@ def run_parallel(
         loss=float(sums[0] / sums[1]),
         tokens=int(sums[1]),
         prefill=prefill.without(1) if prefill.calls > 1 else prefill,
-        decode=_decode(model, batches[ranks.rank % len(batches)], generate, ranks.size) if generate else None,
+        decode=_decode(model, batches[at % len(batches)], generate, apart) if generate else None,
         expert_bytes=tuple(every),
     )
 

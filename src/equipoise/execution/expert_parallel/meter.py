@@ -49,8 +49,13 @@ class ParallelReport:
         """[L, C] seconds of a call: those of the slowest rank."""
         return np.asarray(self.values["total_s"].max(2))
 
+    @property
+    def moved_L(self) -> Floats:
+        """[L] share of the token-expert pairs that another rank served than the one that the token was on."""
+        return np.asarray(self.values["sent_rows"].sum((1, 2)) / np.maximum(self.values["rows"].sum((1, 2)), 1))
+
     def rows(self) -> dict[str, Any]:
-        """Figures, means over layers and calls; JSON-ready."""
+        """Figures, means over layers and calls, those of the context over calls alone; JSON-ready."""
         value = self.values
         served = value["rows"]
         mean_LC = served.mean(2)
@@ -62,8 +67,11 @@ class ParallelReport:
             "imbalance": float(ratio.mean()),
             "activated_max": float(value["activated"].max(2).mean()),
             "read_bytes_max": float(value["read_bytes"].max(2).mean()),
+            "rows_moved": float(value["sent_rows"].sum(2).mean()),
             "weight_bytes_moved": float(value["received_bytes"].sum(2).mean()),
             "token_bytes_moved": float(value["token_bytes"].sum(2).mean()),
+            "context_bytes_moved": float(value["context_bytes"].sum((0, 2)).mean()),
+            "context_ms": float(1e3 * value["context_s"].max(2).sum(0).mean()),
             "layer_ms": float(1e3 * self.layer_s.mean()),
             "compute_ms_max": float(1e3 * value["compute_s"].max(2).mean()),
             "compute_ms_mean": float(1e3 * value["compute_s"].mean()),

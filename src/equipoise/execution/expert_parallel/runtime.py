@@ -12,7 +12,8 @@ Everything but the experts is on every rank. Layers are called in step: all rank
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +25,11 @@ from equipoise.dispatch.deal import DEALS, check_deal
 from equipoise.dispatch.placement import LayerMap, layer_maps
 from equipoise.errors import CheckpointError, EquipoiseError, ModelError, PlanError, unknown_name
 from equipoise.execution.balanced_config import plan_of
+from equipoise.execution.expert_parallel.coherent import make_coherent
+from equipoise.execution.expert_parallel.halves import find_halves
 from equipoise.execution.expert_parallel.ranks import Ranks
 from equipoise.execution.expert_parallel.slots import RankSlots, Rule
+from equipoise.execution.expert_parallel.staying import StayingSlots
 from equipoise.execution.expert_parallel.wire import GroupForm, tensors_of
 from equipoise.execution.families import family_of
 from equipoise.execution.install import begin_install, fill_slots, put_slots
@@ -41,6 +45,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mixed = Literal["refuse", "label"]
+Context = Literal["own", "coherent"]
+Kind = Callable[..., RankSlots]
+"""Makes the slots of one layer."""
 POSITIONAL = ("even", "gate_aware")
 """Rules that go by the plan's shares; all others are in `dispatch.deal.DEALS`."""
 
@@ -53,6 +60,7 @@ def parallelize(
     dispatch: str = "plan",
     options: Mapping[str, Any] | None = None,
     shared: bool = False,
+    context: Context = "own",
     mixed: Mixed = "refuse",
     method: str = "rtn",
     int8_activations: bool = True,
@@ -69,6 +77,9 @@ def parallelize(
         options: of the rules.
         shared: every rank is given the same batch and gets all outputs, added up over ranks; otherwise each rank has its own
             batch, and tokens travel to the experts and back.
+        context: "own": each rank holds the keys and values of its own sequences. "coherent", for models of top-k 1: every
+            rank is given the same batch, computes a part of its rows and gets all outputs; keys and values of all rows are on
+            all ranks, so that a token in decode stays on the rank of its last expert (`coherent.Coherence`).
         mixed: what to do with rules that choose among unlike copies; see `set_rank_dispatch`.
         method: rounding of quantized slots, of those that need no text; a balanced model is rounded already.
         int8_activations: as for `apply_plan`; a balanced model keeps what it has.
@@ -78,7 +89,7 @@ def parallelize(
 
     Raises:
         PlanError: no plan, a plan of another model, units that the ranks cannot share, or copies that are not alike.
-        ModelError: the model is streamed, or of a kind that cannot be balanced.
+        ModelError: the model is streamed, of a kind that cannot be balanced, or one whose context cannot be coherent.
         EquipoiseError: unknown rule or option.
     """
     if any(isinstance(slots, RankSlots) for slots in slots_of(model)):
@@ -91,9 +102,16 @@ def parallelize(
     plan = own or plan
     if plan is None:
         raise PlanError("a model that is not balanced needs a plan; give one.")
+    if context not in ("own", "coherent"):
+        raise unknown_name("context", context, ("own", "coherent"))
+    coherent = context == "coherent"
+    if coherent and shared:
+        raise EquipoiseError("context='coherent' divides the rows of the batch that all ranks are given; leave `shared` out.")
     maps = layer_maps(plan, ranks.size)
-    rules = _rules(plan.layers, plan.dispatch, dispatch, options or {}, shared, mixed)
+    rules = _rules(plan.layers, plan.dispatch, dispatch, options or {}, shared, mixed, coherent)
     layers = find_moe_layers(model)
+    halves = find_halves(model, layers) if coherent else []
+    kind = partial(StayingSlots if coherent else RankSlots, ranks=ranks, shared=shared)
     if own is None:
         require_policy(plan.routing_policy, policy_id(model), "divided among ranks")
         plan.require_all_experts("divided among ranks")
@@ -103,14 +121,16 @@ def parallelize(
             family_of(layer)
         tracker = begin_install(model, layers)
         for layer, place in zip(layers, maps, strict=True):
-            slots = _from_weights(layer, plan, ranks, place, shared, int8_activations)
+            slots = _from_weights(layer, plan, ranks, place, kind, int8_activations)
             fill_slots(layer, slots, method)
             put_slots(layer, slots, plan, tracker, int8_activations=int8_activations)
     else:
         for layer, place, whole in zip(layers, maps, slots_of(model), strict=True):
-            slots = _from_slots(whole, plan, ranks, place, shared)
+            slots = _from_slots(whole, plan, ranks, place, kind)
             slots.batches = whole.batches
             family_of(layer).rebind(layer, slots)
+    if coherent:
+        make_coherent(model.get_submodule(layers[0].stack_path), ranks, staying_slots(model), halves)
     _set(model, rules)
     model.save_pretrained = MethodType(_refuse_to_save, model)
     ranks.meet("loading the model")
@@ -139,7 +159,8 @@ def set_rank_dispatch(
     """
     slots = rank_slots(model)
     layers = [one.plan for one in slots]
-    _set(model, _rules(layers, slots[0].plan_dispatch, dispatch, options or {}, slots[0].shared, mixed))
+    coherent = isinstance(slots[0], StayingSlots)
+    _set(model, _rules(layers, slots[0].plan_dispatch, dispatch, options or {}, slots[0].shared, mixed, coherent))
 
 
 def rank_slots(model: Any) -> list[RankSlots]:
@@ -152,6 +173,11 @@ def rank_slots(model: Any) -> list[RankSlots]:
     if not found:
         raise ModelError("the model is not divided among ranks; call parallelize first.")
     return found
+
+
+def staying_slots(model: Any) -> list[StayingSlots]:
+    """As `rank_slots`, of a model with a coherent context; empty for others."""
+    return [slots for slots in slots_of(model) if isinstance(slots, StayingSlots)]
 
 
 def parse_rules(planned: str, dispatch: str, options: Mapping[str, Any], shared: bool) -> tuple[Rule, Rule]:
@@ -200,9 +226,22 @@ def unlike_copies(plan: Plan) -> list[tuple[int, int]]:
 
 
 def _rules(
-    layers: Sequence[LayerPlan], planned: str, dispatch: str, options: Mapping[str, Any], shared: bool, mixed: Mixed
+    layers: Sequence[LayerPlan],
+    planned: str,
+    dispatch: str,
+    options: Mapping[str, Any],
+    shared: bool,
+    mixed: Mixed,
+    coherent: bool,
 ) -> tuple[Rule, Rule]:
     rules = parse_rules(planned, dispatch, options, shared)
+    if coherent:
+        if dispatch != "plan" and rules[1].name != "even":
+            raise EquipoiseError(
+                f"dispatch '{dispatch}' given; under context='coherent' a token in decode goes to the nearest copy of its "
+                "expert, so only prefill has a choice: prefill=NAME,decode=even."
+            )
+        rules = rules[0], Rule("even")
     if mixed not in ("refuse", "label"):
         raise unknown_name("mixed", mixed, ("refuse", "label"))
     if mixed == "refuse":
@@ -236,9 +275,7 @@ def _set(model: Any, rules: tuple[Rule, Rule]) -> None:
         slots.prefill, slots.decode = rules
 
 
-def _from_weights(
-    layer: MoELayer, plan: Plan, ranks: Ranks, place: LayerMap, shared: bool, int8_activations: bool
-) -> RankSlots:
+def _from_weights(layer: MoELayer, plan: Plan, ranks: Ranks, place: LayerMap, kind: Kind, int8_activations: bool) -> RankSlots:
     """Empty slots of this rank."""
     sample = expert_matrices(layer, 0)
     columns = plan.layers[layer.index]
@@ -257,10 +294,10 @@ def _from_weights(
     groups = {
         name: form.empty(n, sample[0].device) for name, form in forms.items() if (n := _held(columns, place, ranks, name))
     }
-    return _slots(columns, layer.index, layer.stack, plan, ranks, place, forms, groups, shared)
+    return _slots(columns, layer.index, layer.stack, plan, place, forms, groups, kind)
 
 
-def _from_slots(whole: ExpertSlots, plan: Plan, ranks: Ranks, place: LayerMap, shared: bool) -> RankSlots:
+def _from_slots(whole: ExpertSlots, plan: Plan, ranks: Ranks, place: LayerMap, kind: Kind) -> RankSlots:
     """The rank's part of a balanced layer's slots, as they are stored."""
     forms = {group.form.name: GroupForm.of(group) for group in whole.groups}
     groups: dict[str, SlotGroup] = {}
@@ -275,7 +312,7 @@ def _from_slots(whole: ExpertSlots, plan: Plan, ranks: Ranks, place: LayerMap, s
         for name, tensor in tensors_of(part).items():
             tensor.detach().copy_(stored[name].detach()[torch.tensor(at)])
         groups[group.form.name] = part
-    return _slots(plan.layers[whole.layer], whole.layer, whole.stack, plan, ranks, place, forms, groups, shared)
+    return _slots(plan.layers[whole.layer], whole.layer, whole.stack, plan, place, forms, groups, kind)
 
 
 def _slots(
@@ -283,17 +320,13 @@ def _slots(
     index: int,
     stack: str,
     plan: Plan,
-    ranks: Ranks,
     place: LayerMap,
     forms: Mapping[str, GroupForm],
     groups: Mapping[str, SlotGroup],
-    shared: bool,
+    kind: Kind,
 ) -> RankSlots:
     native = next((form.dtype for form in forms.values() if form.native), None)
-    slots = RankSlots(
-        columns, index, stack, plan.units, groups,
-        ranks=ranks, place=place, forms=forms, input_dtype=native, shared=shared,
-    )  # fmt: skip
+    slots = kind(columns, index, stack, plan.units, groups, place=place, forms=forms, input_dtype=native)
     slots.plan_dispatch = plan.dispatch
     return slots
 

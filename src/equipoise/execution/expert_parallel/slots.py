@@ -51,16 +51,19 @@ class Call:
     Attributes:
         decode: whether the rule for decode was used.
         rows: token-expert pairs that were served here.
-        sent_rows: pairs of this rank's tokens that other ranks served.
+        sent_rows: pairs of this rank's tokens that other ranks served; of tokens that stay there, those that left.
         activated: slots and copies here that served at least one.
         read_bytes: bytes of their weights.
         received_bytes: bytes of weights that came here for this batch.
-        token_bytes: bytes of hidden states that this rank sent: inputs to others, and outputs back to them.
+        token_bytes: bytes of hidden states that this rank sent: inputs to others, and outputs back to them, if they go back.
         decide_s: counting, exchanging counts, and the rule.
         send_s: inputs out and in.
         compute_s: the experts.
         back_s: outputs back.
         total_s: the whole call.
+        context_bytes: bytes of keys, values and hidden states that this rank gave the others at the end of the forward, told
+            with its last layer (see `coherent.Coherence`).
+        context_s: seconds of that.
     """
 
     decode: bool
@@ -75,6 +78,8 @@ class Call:
     compute_s: float
     back_s: float
     total_s: float
+    context_bytes: int = 0
+    context_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,11 +203,11 @@ class RankSlots(ExpertSlots):
         row_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Which selections, and their outputs: all of this rank's, or of a shared batch those that are served here."""
-        clock = [self._now(x)]
+        clock = [self.now(x)]
         x = x.to(self.input_dtype(x))
         parcels = self._decide(tokens, token_S, expert_S, weight_S)
         copies = self._send_copies(parcels.transfers)
-        clock.append(self._now(x))
+        clock.append(self.now(x))
         row_N = (token_S if row_S is None else row_S)[parcels.order_S]
         rows = x[row_N] if not self.shared else x
         if not self.shared:
@@ -213,15 +218,15 @@ class RankSlots(ExpertSlots):
             forms = [self._form_of(transfer) for transfer in parcels.transfers]
             sent, at = received_groups(self.ranks, parcels.transfers, forms, copies.wait())
             groups, places = [*groups, *sent], [*places, *(len(self.order) + place for place in at)]
-        clock.append(self._now(x))
+        clock.append(self.now(x))
         order_S, row_N, count_I = self._rows_here(parcels, places, row_N)
         y_ND = compute(groups, rows, row_N, count_I, activate)
-        clock.append(self._now(x))
+        clock.append(self.now(x))
         if not self.shared:
             back = torch.empty_like(y_ND).index_copy_(0, row_N, y_ND)
             y_ND = self.ranks.swap(back, receive_H, parcels.send_H, self._what("outputs"))
             order_S = parcels.order_S
-        clock.append(self._now(x))
+        clock.append(self.now(x))
         if self.calls is not None:
             self._note(parcels, groups, count_I, x, clock)
         return order_S, y_ND
@@ -359,7 +364,8 @@ class RankSlots(ExpertSlots):
             )
         )
 
-    def _now(self, x: Tensor) -> float:
+    def now(self, x: Tensor) -> float:
+        """Seconds of the host's clock; with a meter open, what x waits for is waited for."""
         if self.calls is not None and x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
         return perf_counter()
