@@ -15,15 +15,8 @@ HERE = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def modules() -> tuple[ModuleType, ModuleType]:
-    """benchmarks/bench.py and bench_parts.py, which are no package."""
-    sys.path.insert(0, str(HERE))
-    try:
-        import bench
-        import bench_parts
-    finally:
-        sys.path.remove(str(HERE))
-    return bench, bench_parts
+def modules(script) -> tuple[ModuleType, ModuleType]:
+    return script("bench"), script("bench_parts")
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -11,14 +9,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """benchmarks/expert_parallel.py, which is no package."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        import expert_parallel
-    finally:
-        sys.path.pop(0)
-    return expert_parallel
+def bench(script) -> ModuleType:
+    return script("expert_parallel")
 
 
 def test_injected_skew_is_what_its_name_says(bench: ModuleType):

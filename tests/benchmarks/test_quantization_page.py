@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,14 +11,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def page() -> ModuleType:
-    """benchmarks/quantization_page.py, which is no package."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        import quantization_page
-    finally:
-        sys.path.pop(0)
-    return quantization_page
+def page(script) -> ModuleType:
+    return script("quantization_page")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,14 +9,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def pages():
-    """benchmarks/recipes_page.py, which is no package."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        import recipes_page
-    finally:
-        sys.path.pop(0)
-    return recipes_page
+def pages(script):
+    return script("recipes_page")
 
 
 def judged(seed, scale):
