@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -163,7 +164,49 @@ def test_plan_of_another_model_and_read_only_output(run, tiny_model_dir, profile
     refused(run("apply", tiny_model_dir, path, "--out", tmp_path / "file" / "m"), "cannot")
     refused(run("plan", profile_file, "--out", tmp_path / "file" / "p"), "cannot write")
     data = json.loads(path.read_text())
-    data["model"]["fingerprint"] = "0" * 64
+    data["model"] |= {"fingerprint": "0" * 64, "name": "another"}
     path.write_text(json.dumps(data))
-    refused(run("apply", tiny_model_dir, path, "--out", tmp_path / "m"), "made for")
+    met = run("apply", tiny_model_dir, path, "--out", tmp_path / "m")
+    refused(met, "made for 'another'")
+    refused(met, f"not for '{tiny_model_dir}'")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "x.plan.json", "x.profile.safetensors"]
+
+
+def test_balance_reads_chats_keeps_to_bytes_and_names_a_command_that_runs(run, tiny_model_dir, text, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    chats = tmp_path / "log.jsonl"
+    said = [[{"role": "user", "content": document}] for document in corpus(5, 20)]
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in said))
+    words = (
+        "--scenario",
+        f"chat={chats}",
+        "--scenario",
+        f"text={text}",
+        "--tokens",
+        400,
+        "--heldout-tokens",
+        200,
+        "--seq-len",
+        64,
+    )
+    command = ("balance", model, *words, "--bytes", 0.8, "--error-bound", 1, "--compare", "", "--out", tmp_path / "a run", "-q")
+    refused(run(*command), f"'{chats}' line 1: the model's tokenizer has no chat template")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}the old {{ m.content }} stone{% endfor %}")
+    status, out, err = run(*command)
+    assert status == 0, err
+    assert Plan.load_file(tmp_path / "a run" / "rq.plan.json").options["bytes_fraction"] == 0.8
+    following = out.splitlines()[-1]
+    assert following.startswith("next: equipoise report ")
+    assert run(*shlex.split(following)[2:])[0] == 0
+    assert (tmp_path / "a run" / "report.html").is_file()
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(run, monkeypatch, tmp_path):
+    def stop(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Profile, "load_file", stop)
+    status, _, err = run("plan", tmp_path / "x.profile.safetensors")
+    assert status == 130
+    assert "interrupted; the same command goes on" in err

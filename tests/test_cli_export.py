@@ -102,5 +102,6 @@ def test_mistakes_are_one_line(here: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "--config is of no use here" in said(here / "balanced", *packed, "--config", here / "original" / "config.json")
     assert "--profile is of no use here" in said(here / "balanced", *packed, "--profile", plan)
     assert "--round-per-layer is of no use here" in said(plan, "--to", "checkpoint", "--round-per-layer")
+    assert "unknown target 'vlm'; known: checkpoint, compressed-tensors, " in said(plan, "--to", "vlm")
     assert "--round-per-layer is of no use here" in said(plan, "--to", "vllm", "--round-per-layer")
     assert not (here / "out").exists()

@@ -64,7 +64,7 @@ def test_prompts_become_demonstrations_a_plan_and_a_smaller_model(run, tiny_mode
     assert {text["name"]: text["where"] for text in told["texts"]} == {"math": "in domain", "other": "out of domain"}
     assert (told["experts_before"], told["experts"]) == (8, 4)
     assert "chosen for math alone" in told["warning"]
-    assert told["balance"].startswith(f"equipoise balance {files / 'small'} --units 8 --set bytes_fraction=2 ")
+    assert told["balance"].startswith(f"equipoise balance {files / 'small'} --units 8 --bytes 2 ")
     kept = Evaluation.load_file(files / "small" / "equipoise.eval.json").contenders[0]
     assert (kept.plan_method, kept.exactness) == ("prune", "capacity")
 

@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(records, tmp_path, monkeypatch, capsys):
     assert "--ranks" in mistake(monkeypatch, capsys, "plan", profile, "--redundancy", 1)
     assert "slots" in mistake(monkeypatch, capsys, "plan", profile, "--method", "rq", "--slots", 20)
     told("plan", profile, "--ranks", 4, "--out", out)
-    assert "engine" in mistake(monkeypatch, capsys, "export", out, "--to", "nowhere", "--out", tmp_path / "y")
+    assert "sglang" in mistake(monkeypatch, capsys, "export", out, "--to", "nowhere", "--out", tmp_path / "y")
     assert not (tmp_path / "y").exists()
     assert "same traffic" in mistake(monkeypatch, capsys, "simulate", "--plan", out, "--profile", profile, "--trace", records)
 

@@ -75,6 +75,8 @@ def test_raw_published_and_optimal_stand_side_by_side(run):
 def test_unreadable_artifacts_are_named(tmp_path):
     with pytest.raises(EquipoiseError, match="cannot read"):
         read_artifact(tmp_path / "absent")
+    with pytest.raises(EquipoiseError, match=r"is a directory; give a file: .*equipoise.plan.json"):
+        read_artifact(tmp_path)
     (tmp_path / "x").write_text("{}")
     with pytest.raises(EquipoiseError, match="not a valid plan"):
         read_artifact(tmp_path / "x")
@@ -88,3 +90,21 @@ def test_a_model_without_text_writes_its_own(tiny_model_dir, tmp_path, monkeypat
     assert result.profile.source.options["calibration"]["names"] == ["self-balanced"]
     assert [text.name for text in result.evaluation.contenders[0].texts] == ["self-sampled"]
     assert (result.model_directory / "equipoise.plan.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "best"}, "unknown planning method 'best'"),
+        ({"compare": ("rq:even", "rq-papers")}, "unknown planning method 'rq-papers'"),
+        ({"rounding": "magic"}, "unknown quantization method 'magic'"),
+        ({"tasks": ("piqa",), "task_dir": "nowhere"}, "nowhere"),
+        ({"out": "file/run"}, "cannot write to 'file/run'.* Choose a writable place"),
+    ],
+)
+def test_mistakes_show_before_a_model_is_loaded(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EquipoiseError, match=message):
+        balance("there/is/no/model", {"text": corpus(1)}, options.pop("out", "run"), **options)
+    assert not (tmp_path / "run").exists()

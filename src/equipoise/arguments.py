@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,9 @@ TextOrSelf = Annotated[
     ),
 ]
 Scenario = Annotated[list[str] | None, typer.Option("--scenario", help="a named traffic: NAME=FILE[,FILE...]; may be repeated")]
-Field = Annotated[str, typer.Option(help="key of a .jsonl line that holds the document")]
+Field = Annotated[
+    str, typer.Option(help="key of a .jsonl line that holds the document, as text or as a chat of role and content")
+]
 Tokens = Annotated[int, typer.Option(help="tokens per scenario to measure on")]
 SeqLen = Annotated[int, typer.Option(help="longest sequence, in tokens")]
 BatchSize = Annotated[int, typer.Option(help="sequences per forward pass")]
@@ -33,9 +36,11 @@ Dtype = Annotated[str, typer.Option(help="auto (as stored), fp32, bf16 or fp16")
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on standard error")]
 Units = Annotated[
-    int | None, typer.Option(help="parallel units U, such as the ranks of a deployment  [default: the routed experts]")
+    int | None, typer.Option(help="parallel units U, such as the ranks of a deployment", show_default="the routed experts")
 ]
 Method = Annotated[str, typer.Option(help="planning method; `equipoise methods` lists them")]
+ErrorBound = Annotated[float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")]
+BytesFraction = Annotated[float | None, typer.Option("--bytes", help="bytes to use, as a fraction of the original's")]
 Ranks = Annotated[int | None, typer.Option(help="ranks to place experts on (expert-parallel devices)")]
 Nodes = Annotated[int, typer.Option(help="machines that the ranks are divided among evenly")]
 Phase = Annotated[str, typer.Option(help="traffic to go by: all, prefill or decode")]
@@ -50,7 +55,7 @@ TaskDir = Annotated[
 PolicyFile = Annotated[
     Path | None, typer.Option("--policy", help="routing policy to run the model under, of `equipoise policy fit`")
 ]
-Limit = Annotated[int | None, typer.Option(help="items of each task  [default: all]")]
+Limit = Annotated[int | None, typer.Option(help="items of each task", show_default="all")]
 
 
 def scenario_files(text: list[str] | None, scenarios: list[str] | None) -> dict[str, list[str]]:
@@ -79,11 +84,22 @@ def text_sources(text: list[str] | None, scenarios: list[str] | None) -> tuple[b
     return len(files) < len(text or ()), scenario_files(files, scenarios)
 
 
-def read(files: Mapping[str, list[str]], field: str) -> dict[str, list[str]]:
-    """The documents of each scenario's files."""
+def read(files: Mapping[str, list[str]], field: str, model: str) -> dict[str, list[str]]:
+    """The documents of each scenario's files; chats among them as `model` reads them, whose tokenizer is loaded only then."""
     from equipoise.profiling.texts import read_documents
 
-    return {name: read_documents(paths, field=field) for name, paths in files.items()}
+    @cache
+    def tokenizer() -> Any:
+        from equipoise.profiling.loading import load_tokenizer
+
+        return load_tokenizer(model)
+
+    def write_chat(messages: Sequence[Mapping[str, Any]]) -> str:
+        from equipoise.profiling.chats import chat_text
+
+        return chat_text(tokenizer(), messages)
+
+    return {name: read_documents(paths, field=field, write_chat=write_chat) for name, paths in files.items()}
 
 
 def one_model(given: list[str]) -> str:

@@ -26,6 +26,9 @@ from equipoise.commands import (
 )
 from equipoise.errors import EquipoiseError
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -75,8 +78,16 @@ def main() -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(130)
+        _interrupted()
+        sys.exit(INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # typer has taken the KeyboardInterrupt of a command, and says nothing
+            _interrupted()
+        raise
+
+
+def _interrupted() -> None:
+    print("interrupted; the same command goes on from what is finished", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.artifacts import Evaluation, Plan, Profile
+from equipoise.artifacts.files import make_directory
 from equipoise.artifacts.routing import RoutingPolicy
 from equipoise.errors import EquipoiseError, TextError
+from equipoise.planning.methods import METHODS as PLANNING
 from equipoise.planning.methods import make_plan
 
 PROFILE = "run.profile.safetensors"
@@ -50,6 +52,26 @@ class Balanced:
     def model_directory(self) -> Path:
         """Where the balanced model was saved."""
         return self.directory / "model"
+
+    @property
+    def profile_file(self) -> Path:
+        """What was measured."""
+        return self.directory / PROFILE
+
+    @property
+    def plan_files(self) -> dict[str, Path]:
+        """Plan by plan, by the name of its method, what was decided."""
+        return {name: plan_file(self.directory, name) for name in self.plans}
+
+    @property
+    def evaluation_file(self) -> Path:
+        """What was proved."""
+        return self.directory / EVALUATION
+
+
+def plan_file(directory: Path, name: str) -> Path:
+    """Where a run keeps the plan of METHOD or METHOD:DISPATCH."""
+    return directory / f"{name.replace(':', '-')}.plan.json"
 
 
 HELD_OUT = 0.2
@@ -166,6 +188,7 @@ def balance(
         EquipoiseError: whatever a step finds wrong, with what to do; what earlier steps wrote stays and is used again.
     """
     from equipoise.evaluation.evaluate import evaluate
+    from equipoise.evaluation.tasks import load_tasks
     from equipoise.execution.apply import apply_plan
     from equipoise.execution.layerwise import Calibration
     from equipoise.execution.routing.attach import attach_policy, routed
@@ -177,6 +200,12 @@ def balance(
     from equipoise.quantization.methods import METHODS
 
     out = Path(out)
+    # What a user can have got wrong shows here, before hours of measuring.
+    for name in (method, *compare):
+        PLANNING.get(name.partition(":")[0])
+    METHODS.get(rounding)
+    load_tasks(tasks, task_dir=None if task_dir is None else Path(task_dir), limit=limit, num_fewshot=0)
+    make_directory(out)
     say(f"load {model}")
     base, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
     calibration: Texts | None = None
@@ -185,7 +214,6 @@ def balance(
         texts, calibration = _own_text(base, tokenizer, texts, tokens, seq_len, seed, progress)
     planned_from, judged_on = (texts, heldout) if heldout else hold_out(texts)
     say(f"record where tokens go ({', '.join(planned_from)}), and what each expert's bits cost")
-    out.mkdir(parents=True, exist_ok=True)
     resume = out / f".{PROFILE}.part"
     rule = None if policy is None else RoutingPolicy.load_file(policy)
     with routed(base, rule):
@@ -203,7 +231,7 @@ def balance(
         if own or name == method:
             options["dispatch"] = own or dispatch
         plans[name] = make_plan(profile, base_name, units=units, seed=seed, **options)
-        plans[name].save(out / f"{name.replace(':', '-')}.plan.json")
+        plans[name].save(plan_file(out, name))
     batches = text_batches(
         calibration or planned_from, tokenizer, Framing.of(tokenizer, base.config),
         tokens=min(tokens, ROUNDING_TOKENS), seq_len=seq_len, batch_size=batch_size, seed=seed,
@@ -272,6 +300,11 @@ def read_artifact(path: str | Path) -> Profile | Plan | RoutingPolicy | Evaluati
     """
     try:
         data = Path(path).read_bytes()
+    except IsADirectoryError as error:
+        raise EquipoiseError(
+            f"'{path}' is a directory; give a file: a profile, a plan (a balanced model's is equipoise.plan.json in its "
+            "directory), a routing policy or an evaluation."
+        ) from error
     except OSError as error:
         raise EquipoiseError(f"cannot read '{path}': {error.strerror or error}.") from error
     if not data.startswith(b"{"):

@@ -34,10 +34,8 @@ def test_as_many_as_asked_for_are_drawn_and_not_the_first(file, tokenizer):
     assert all(d.text == f"{d.prompt}\n{d.answer}" and d.answered_by == "given" for d in found)
 
 
-def test_a_chat_template_puts_its_marks_around_the_prompt_once(file, tokenizer):
-    import copy
-
-    chat = copy.deepcopy(tokenizer)
+def test_a_chat_template_puts_its_marks_around_the_prompt_once(file, make_tokenizer):
+    chat = make_tokenizer(begin=True)
     chat.chat_template = "{{ bos_token }}<u>{{ messages[0]['content'] }}</u>{% if add_generation_prompt %}<a>{% endif %}"
     text = read_demonstrations([file], chat, count=1)[0].text
     number = text.split("</u>")[0].removeprefix("<u>question ")

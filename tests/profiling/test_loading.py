@@ -43,7 +43,7 @@ def test_what_is_not_a_model_is_named(tmp_path, saved, monkeypatch):
         (str(tmp_path / "nowhere"), "no directory"),
         (str(path / "config.json"), "is a file"),
         (str(tmp_path / "empty"), "no config.json"),
-        ("nobody/no-such-model", "cannot load 'nobody/no-such-model'"),
+        ("nobody/no-such-model", "cannot load 'nobody/no-such-model'.* There is no directory 'nobody/no-such-model' here"),
     ]:
         with pytest.raises(ModelError, match=message) as error:
             load_model(name)
@@ -54,7 +54,7 @@ def test_what_is_not_a_model_is_named(tmp_path, saved, monkeypatch):
 
 def test_a_directory_without_a_tokenizer_is_named(make_model, tmp_path):
     make_model("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="holds no tokenizer"):
+    with pytest.raises(ModelError, match=r"holds no tokenizer; copy the model's there"):
         load_tokenizer(str(tmp_path))
 
 
@@ -66,7 +66,7 @@ def test_damaged_checkpoints_are_refused(saved):
     with pytest.raises(ModelError, match="cannot load"):
         load_model(str(path))
     shards[-1].unlink()
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match=r"cannot load .* The checkpoint is not whole; copy it again"):
         load_model(str(path))
 
 

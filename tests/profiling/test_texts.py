@@ -61,3 +61,21 @@ def test_missing_files_and_directories(tmp_path):
         read_documents([tmp_path / "folder.txt"])
     with pytest.raises(TextError, match="no text files given"):
         read_documents([])
+
+
+def test_chats_are_written_out_beside_documents(tmp_path):
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    rows = [{"messages": chat}, {"text": "plain", "messages": chat}, {"text": chat}]
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    told = read_documents([path], write_chat=lambda messages: " | ".join(said["content"] for said in messages))
+    assert told == ["hello | good day", "plain", "hello | good day"]
+    with pytest.raises(TextError, match="line 1: field 'messages' holds a chat"):
+        read_documents([path])
+
+
+def test_a_list_that_is_no_chat_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": ["a", "b"]}))
+    with pytest.raises(TextError, match=r"holds list, neither text nor a chat \(a list of objects with role and content\)"):
+        read_documents([path], write_chat=lambda messages: "x")

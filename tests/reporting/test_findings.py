@@ -198,6 +198,19 @@ def test_the_next_command_follows_from_what_is_there(evidence, command):
     assert step.why
 
 
+def test_a_model_that_is_there_is_used_and_not_written_again():
+    profile = cases.profile()
+    plans = {"rq": cases.rq_plan(profile)}
+    judged = cases.evaluation(difference=(-0.01, -0.03, 0.01))
+    name = judged.contenders[0].name
+    models = {name: "out/model"}
+    on_text = next_step(Evidence(profile, plans, _without_tasks(judged), cases.frontier(), models=models))
+    assert on_text.command.startswith("equipoise evaluate ")
+    assert " out/model --task" in on_text.command
+    done = next_step(Evidence(profile, plans, judged, cases.frontier(), models=models))
+    assert done.command == "equipoise inspect out/model/equipoise.plan.json"
+
+
 def test_records_without_sizes_lead_to_a_placement():
     assert "--ranks" in next_step(Evidence(cases.profile(cases.facts(sized=False)))).command
 

@@ -72,6 +72,17 @@ def test_the_next_command_names_the_files_that_were_given(run, files, tmp_path):
     assert f"next: equipoise plan {files / 'run.profile.safetensors'} --out rq.plan.json" in printed
 
 
+def test_the_next_command_finds_the_model_that_balance_saved(run, files, tmp_path):
+    cases.evaluation(difference=(-0.01, -0.03, 0.01)).save(tmp_path / "run.eval.json")
+    given = (files / "run.profile.safetensors", files / "rq.plan.json", files / "frontier.json", tmp_path / "run.eval.json")
+    _, before, _ = run(*given, "--out", tmp_path / "r.md")
+    assert "next: equipoise apply " in before
+    (tmp_path / "model").mkdir()
+    cases.rq_plan(cases.profile()).save(tmp_path / "model" / "equipoise.plan.json")
+    _, after, _ = run(*given, "--out", tmp_path / "r.md")
+    assert f"next: equipoise inspect {tmp_path / 'model' / 'equipoise.plan.json'}" in after
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -98,6 +109,10 @@ def test_formats_and_places_that_cannot_be(run, files, tmp_path):
     status, _, err = run(files / "run.eval.json", "--out", tmp_path / "r.pdf", "--format", "pdf")
     assert status == 1
     assert "allowed are html, md, png" in err
+    status, _, err = run(files / "run.eval.json", "--out", tmp_path / "r.pdf")
+    assert status == 1
+    assert "ends in '.pdf', which tells no format" in err
+    assert not (tmp_path / "r.pdf").exists()
     taken = tmp_path / "taken.png"
     taken.write_text("mine")
     status, _, err = run(files / "run.eval.json", "--out", taken, "--format", "png")
@@ -110,4 +125,4 @@ def test_without_plotly_the_page_says_what_to_install(run, files, tmp_path, monk
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     status, _, err = run(files / "run.eval.json", "--out", tmp_path / "r.html")
     assert status == 1
-    assert "equipoise[report]" in err
+    assert "pip install plotly" in err

@@ -81,6 +81,6 @@ def test_pictures_that_cannot_be(report: SimulationReport, tmp_path: Path, monke
         simulation_plot(rows, tmp_path / "s.jpg")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(EquipoiseError, match="pip install equipoise"):
+    with pytest.raises(EquipoiseError, match="pip install matplotlib"):
         simulation_plot(rows, tmp_path / "s.png")
     assert not list(tmp_path.iterdir())

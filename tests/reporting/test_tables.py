@@ -132,6 +132,17 @@ def test_profile_rows_are_the_metrics_of_the_counts(profile: Profile) -> None:
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
 
 
+@pytest.mark.parametrize(("each", "told"), [(99, ["code", "a[long]scenario"]), (100, [])])
+def test_a_scenario_with_too_few_tokens_is_told(profile: Profile, each: int, told: list[str]) -> None:
+    counts = np.zeros_like(profile.counts)
+    counts[:, 0, 0], counts[:, 0, 1, :NARROW] = each, each
+    few = Profile(
+        model=profile.model, source=profile.source, counts=counts, gate_mass=counts.sum(1) / 8, tokens=profile.tokens,
+        windows=profile.windows[:0], window_scenario=profile.window_scenario[:0],
+    )  # fmt: skip
+    assert [note.split("'")[1] for note in profile_rows(few)["notes"]] == told
+
+
 def test_windows_run_on_within_a_scenario_and_start_anew_with_the_next(profile: Profile) -> None:
     rows = profile_rows(profile)["windows"]
     assert [row["window"] for row in rows] == [*range(10), *range(20)]

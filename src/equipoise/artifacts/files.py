@@ -9,6 +9,20 @@ from pathlib import Path
 from equipoise.errors import EquipoiseError
 
 
+def make_directory(path: str | Path) -> None:
+    """Make a directory that results go to, with the directories above it, if it is not there.
+
+    Raises:
+        EquipoiseError: it cannot be made, or is not writable.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise EquipoiseError(f"cannot write to '{path}': {error.strerror or error}. Choose a writable place.") from error
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a whole file in one step: a temporary neighbour, then a rename.
 

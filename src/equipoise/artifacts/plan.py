@@ -22,6 +22,8 @@ from equipoise.errors import EquipoiseError, PlanError
 from equipoise.metrics import lis
 from equipoise.precisions import precision
 
+PLAN_FILE = "equipoise.plan.json"
+"""A balanced model's plan, in its directory."""
 SCHEMA = "equipoise.plan/1"
 Dispatch = Literal["even", "least_loaded", "gate_aware"]
 Exactness = Literal["exact", "weights", "routing", "capacity"]

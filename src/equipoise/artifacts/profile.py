@@ -183,7 +183,10 @@ class Profile:
             arrays = parse_tensors(data)
             header = json.loads(_metadata(data)["equipoise"])
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ProfileError(f"'{path}' is not a whole equipoise profile ({error}); record it again.") from error
+            raise ProfileError(
+                f"'{path}' is not a whole equipoise profile ({error}); give a file that `equipoise profile` wrote, or record "
+                "it again."
+            ) from error
         if header.get("schema") != SCHEMA:
             raise ProfileError(f"'{path}' has schema '{header.get('schema')}'; this version reads '{SCHEMA}'.")
         fields: dict[str, Any] = {"importance": {}, "scenario_importance": {}, "output_error": {}}

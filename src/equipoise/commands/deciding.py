@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from equipoise.arguments import (
+    BytesFraction,
     Dispatch,
+    ErrorBound,
     Json,
     Nodes,
     Options,
@@ -30,13 +32,13 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="file to write, such as x.plan.json")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="planning method; `equipoise methods` lists them  [default: robust with --ranks, else rq]"),
+        typer.Option(help="planning method; `equipoise methods` lists them", show_default="robust with --ranks, else rq"),
     ] = None,
     units: Units = None,
     ranks: Ranks = None,
     nodes: Nodes = 1,
     slots: Annotated[
-        str | None, typer.Option(help="physical slots per layer, or one number per layer  [default: no copies]")
+        str | None, typer.Option(help="physical slots per layer, or one number per layer", show_default="no copies")
     ] = None,
     redundancy: Annotated[
         int | None,
@@ -48,22 +50,18 @@ def plan(
     batch: Annotated[int, typer.Option(help="with --redundancy: tokens of a batch, which matters beside cost tokens")] = 4096,
     current: Annotated[Path | None, typer.Option(help="plan in force: moves are counted against it")] = None,
     phase: Phase = "all",
-    error_bound: Annotated[
-        float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")
-    ] = None,
-    bytes_fraction: Annotated[
-        float | None, typer.Option("--bytes", help="bytes to use, as a fraction of the original's")
-    ] = None,
+    error_bound: ErrorBound = None,
+    bytes_fraction: BytesFraction = None,
     prune: Annotated[
         str | None,
         typer.Option(help="leave experts out by this score: easy-ep, reap, gate, frequency, leave-one-out or random"),
     ] = None,
     keep: Annotated[
-        float | None, typer.Option(help="with --prune: part of each layer's experts to keep  [default: 0.5]")
+        float | None, typer.Option(help="with --prune: part of each layer's experts to keep", show_default="0.5")
     ] = None,
     options: Options = None,
     dispatch: Annotated[
-        str | None, typer.Option(help="which copy serves which token: even, least_loaded or gate_aware  [default: even]")
+        str | None, typer.Option(help="which copy serves which token: even, least_loaded or gate_aware", show_default="even")
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,

@@ -61,7 +61,7 @@ def profile(
     importance: Annotated[str, typer.Option(help="importance estimators, separated by commas")] = "wanda,gate_norm,frequency",
     options: Annotated[list[str] | None, typer.Option("--set", help="option of an estimator: wanda.fraction=0.3")] = None,
     precisions: Annotated[str, typer.Option(help="formats whose output error is measured")] = "int8,int4",
-    window_tokens: Annotated[int | None, typer.Option(help="tokens of one time window  [default: one full row]")] = None,
+    window_tokens: Annotated[int | None, typer.Option(help="tokens of one time window", show_default="one full row")] = None,
     config: Annotated[
         Path | None, typer.Option(help="with --from: the model's config.json, for top-k, sizes and dense layers")
     ] = None,
@@ -69,7 +69,8 @@ def profile(
     top_k: Annotated[int | None, typer.Option(help="with --from: experts per token, where no config tells")] = None,
     phase: Annotated[str, typer.Option(help="with --from: prefill or decode, where the records do not tell")] = "prefill",
     memory: Annotated[
-        float | None, typer.Option(help="GB that weights may take; a larger model is read layer by layer  [default: no limit]")
+        float | None,
+        typer.Option(help="GB that weights may take; a larger model is read layer by layer", show_default="no limit"),
     ] = None,
     device_map: Annotated[
         str | None, typer.Option(help="spread the model over devices, memory and disk as accelerate does: auto, balanced, ...")
@@ -120,9 +121,9 @@ def profile(
     from equipoise.profiling.team import team
     from equipoise.profiling.texts import refuse_balanced
 
-    documents = read(files, field)
+    documents = read(files, field, name)
     refuse_balanced(documents)
-    watched = read({"calibration": [str(path) for path in calibration]}, field) if calibration else None
+    watched = read({"calibration": [str(path) for path in calibration]}, field, name) if calibration else None
     limit = None if memory is None else int(memory * 1e9)
     with team(together=experts_parallel) as us:
         model, tokenizer = load_model(
@@ -172,7 +173,7 @@ def evaluate(
     text: Text = None,
     scenario: Scenario = None,
     field: Field = "text",
-    tokens: Annotated[int | None, typer.Option(help="tokens per scenario  [default: all]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="tokens per scenario", show_default="all")] = None,
     task: Tasks = None,
     task_dir: TaskDir = None,
     limit: Limit = None,
@@ -194,7 +195,7 @@ def evaluate(
     from equipoise.pipeline import load_balanced
     from equipoise.profiling.loading import load_model, load_tokenizer
 
-    documents = read(files, field)
+    documents = read(files, field, base)
     contenders = {name: load_balanced(name, dtype=dtype, device=device) for name in balanced or ()}
     for file in policy or ():
         routed = attach_policy(load_model(base, dtype=dtype, device=device), RoutingPolicy.load_file(file))

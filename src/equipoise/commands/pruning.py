@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,7 +106,7 @@ def prune(
     from equipoise.profiling.progress import ProgressBar
 
     decided = Plan.load_file(plan)
-    documents = read(scenario_files(None, scenario), field) if scenario else {}
+    documents = read(scenario_files(None, scenario), field, model) if scenario else {}
     tokenizer = load_tokenizer(model)
     with ProgressBar(not quiet) as bar:
         bar.stage("pruning", len(decided.layers), "layers")
@@ -141,7 +142,8 @@ def _rows(plan: Plan, done: Pruned, evaluation: Evaluation | None) -> dict[str, 
         "experts": done.experts, "expert_bytes_before": done.expert_bytes_before, "expert_bytes": done.expert_bytes,
         "bytes": done.bytes, "left_out_tensors": done.left_out, "score": plan.options.get("score"),
         "domains": plan.options.get("domains"), "texts": texts,
-        "balance": f"equipoise balance {done.directory} --units {done.experts_before} --set bytes_fraction={fraction:.6g} ...",
+        "balance": f"equipoise balance {shlex.quote(str(done.directory))} --units {done.experts_before} --bytes {fraction:.6g} "
+        "--text FILE --out DIRECTORY",
     }  # fmt: skip
 
 

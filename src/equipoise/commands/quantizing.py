@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Rounding = Annotated[str, typer.Option("--method", help="rounding: agq, agq2, gptq or rtn-clip on text; rtn without")]
 RoundingTokens = Annotated[int, typer.Option("--tokens", help="tokens per scenario to round on")]
-Workers = Annotated[int | None, typer.Option(help="cores that round experts at the same time  [default: all]")]
+Workers = Annotated[int | None, typer.Option(help="cores that round experts at the same time", show_default="all")]
 SpillTo = Annotated[Path | None, typer.Option(help="directory for the activations of the text, which stay in memory otherwise")]
 
 
@@ -149,7 +149,7 @@ def _calibration(
 
     tokenizer = load_tokenizer(model)
     own, files = text_sources(told.text, told.scenario)
-    documents = read(files, told.field)
+    documents = read(files, told.field, model)
     if own:
         # Token by token, a model that is read layer by layer would be read once for each token.
         whole = load_model(model, dtype=dtype, device=device)

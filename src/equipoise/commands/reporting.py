@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from equipoise.reporting.report_parts import Report
 
 FORMATS = ("html", "md", "png")
+ENDINGS = {"": "html", ".html": "html", ".htm": "html", ".md": "md", ".png": "png"}
 
 
 def report(
@@ -29,13 +31,13 @@ def report(
         ),
     ],
     out: Annotated[Path, typer.Option(help="file to write, such as report.html; a directory for --format png")],
-    form: Annotated[
-        str | None, typer.Option("--format", help="html, md or png  [default: by the ending of --out, else html]")
-    ] = None,
+    form: Annotated[str | None, typer.Option("--format", help="html, md or png", show_default="by the ending of --out")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is wrong with a model's balance and what plans did, on one page that needs no network."""
-    chosen = form or {".md": "md", ".png": "png"}.get(out.suffix.lower(), "html")
+    chosen = form or ENDINGS.get(out.suffix.lower())
+    if chosen is None:
+        raise EquipoiseError(f"--out ends in '{out.suffix}', which tells no format; end it in .html or .md, or give --format.")
     if chosen not in FORMATS:
         raise EquipoiseError(f"--format is '{chosen}'; allowed are {', '.join(FORMATS)}.")
     from equipoise.artifacts.files import write_atomic
@@ -95,7 +97,22 @@ def read_evidence(given: list[str]) -> Evidence:
                 f"'{file}' is a second {kind}; a report has one. Plans are compared side by side, as many as you like."
             )
         single[kind], files[kind] = value, str(file)
-    return Evidence(plans=plans, files=files, **single)
+    evidence = Evidence(plans=plans, files=files, **single)
+    return replace(evidence, models=_directories(evidence))
+
+
+def _directories(evidence: Evidence) -> dict[str, str]:
+    """Where evaluated models lie: `evaluate` names them by directory, `balance` saves one beside the evaluation."""
+    from equipoise.artifacts.plan import PLAN_FILE, Plan
+
+    found: dict[str, str] = {}
+    for contender in evidence.evaluation.contenders if evidence.evaluation else ():
+        beside = Path(evidence.files["evaluation"]).parent / "model"
+        for directory in (Path(contender.name), beside):
+            plan = directory / PLAN_FILE
+            if plan.is_file() and Plan.load_file(plan) == evidence.plan_of(contender.name, contender.plan_method):
+                found.setdefault(contender.name, str(directory))
+    return found
 
 
 def _frontier(file: Path) -> list[FrontierPoint] | None:

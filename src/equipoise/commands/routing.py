@@ -66,7 +66,7 @@ def fit(
         given["mean_k"] = mean_k
     loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
     batches = text_batches(
-        read(files, field), tokenizer, Framing.of(tokenizer, loaded.config),
+        read(files, field, model), tokenizer, Framing.of(tokenizer, loaded.config),
         tokens=tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     with ProgressBar(not quiet) as bar:

@@ -42,7 +42,7 @@ def sample(
     from equipoise.profiling.self_sampled import cached_self_text
     from equipoise.profiling.self_sampled_report import measure_text
 
-    given = read({"text": text}, field) if text else {}
+    given = read({"text": text}, field, model) if text else {}
     loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
     found = cached_self_text(
         loaded, tokenizer, sampler=sampler, sentences=sentences, length=length, batch_size=batch_size, seed=seed,

@@ -9,7 +9,7 @@ import typer
 
 from equipoise.arguments import Json, Options, Seed, assignments, refuse_given
 from equipoise.commands.show import show
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, unknown_name
 
 if TYPE_CHECKING:
     from equipoise.artifacts import Plan, Profile
@@ -46,8 +46,10 @@ def export(
     """Write a plan as the file that a serving engine loads and print the flags to give beside it, or a model for any tool."""
     from equipoise.artifacts import Plan
     from equipoise.commands.exporting import CHECKPOINTS, export_model
-    from equipoise.engines.registry import write_plan
+    from equipoise.engines.registry import WRITERS, write_plan
 
+    if engine not in (known := [*CHECKPOINTS, *WRITERS.names()]):
+        raise unknown_name("target", engine, known)
     if engine in CHECKPOINTS:
         refuse_given(f"--to {engine} reads the model's own config.json", {"--config": config})
         if engine == "checkpoint":

@@ -46,11 +46,12 @@ def stream(
         list[str] | None, typer.Option("--set", help="option of the policy: NAME=VALUE; may be repeated")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="directory of all experts in all formats; made if missing  [default: a temporary one]")
+        Path | None,
+        typer.Option(help="directory of all experts in all formats; made if missing", show_default="a temporary one"),
     ] = None,
     step_tokens: Annotated[int, typer.Option(help="tokens after which the policy decides")] = 4096,
     staging_mb: Annotated[
-        float | None, typer.Option(help="MB that new slots may take beside the plan's own  [default: the largest layer]")
+        float | None, typer.Option(help="MB that new slots may take beside the plan's own", show_default="the largest layer")
     ] = None,
     tokens: Annotated[int, typer.Option(help="tokens of each scenario, in the order given: a stream with shifts")] = 32768,
     field: Field = "text",
@@ -80,7 +81,7 @@ def stream(
     from equipoise.profiling.progress import ProgressBar
     from equipoise.profiling.sequences import Framing, text_batches
 
-    documents = read(files, field)
+    documents = read(files, field, model)
     known = Profile.load_file(profile) if profile else None
     with TemporaryDirectory(prefix="equipoise-store-") as temporary:
         net, experts = _ready(model, plan, store, Path(temporary), dtype, device)

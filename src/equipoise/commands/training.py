@@ -12,7 +12,7 @@ from equipoise.commands.show import say, show
 
 app = typer.Typer(no_args_is_help=True, help="Train and look at small models with known routing; for study, not plug-and-play.")
 Data = Annotated[
-    Path | None, typer.Option(help="directory that the mix's files are relative to  [default: $EQUIPOISE_LAB_DATA]")
+    Path | None, typer.Option(help="directory that the mix's files are relative to", show_default="$EQUIPOISE_LAB_DATA")
 ]
 RecipeFile = Annotated[Path, typer.Argument(help="recipe, such as configs/qwen3-32.toml")]
 
@@ -21,7 +21,7 @@ RecipeFile = Annotated[Path, typer.Argument(help="recipe, such as configs/qwen3-
 def train(
     recipe: RecipeFile,
     data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="run directory  [default: out/lab/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="run directory", show_default="out/lab/NAME")] = None,
     until: Annotated[int | None, typer.Option(help="stop after this step with a checkpoint")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     as_json: Json = False,
@@ -44,7 +44,7 @@ def verify(
     recipe: RecipeFile,
     data: Data = None,
     steps: Annotated[int, typer.Option(help="steps to repeat")] = 200,
-    against: Annotated[Path | None, typer.Option(help="losses.json to compare with  [default: the shelf's]")] = None,
+    against: Annotated[Path | None, typer.Option(help="losses.json to compare with", show_default="the shelf's")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,7 +65,7 @@ def shelve(
     run: Annotated[Path, typer.Argument(help="directory of a finished run")],
     data: Data = None,
     dense: Annotated[Path | None, typer.Option(help="directory of the run of the dense model beside it")] = None,
-    out: Annotated[Path | None, typer.Option(help="directory to write  [default: shelf/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory to write", show_default="shelf/NAME")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -85,7 +85,7 @@ def beside(
     recipe: RecipeFile,
     dense: Annotated[Path, typer.Argument(help="directory of the finished run of the dense model")],
     data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="directory of the model on the shelf  [default: shelf/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory of the model on the shelf", show_default="shelf/NAME")] = None,
     as_json: Json = False,
 ) -> None:
     """Put a dense model that was trained later beside a model of the shelf, on the same rows."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from equipoise.arguments import (
     BatchSize,
+    BytesFraction,
     Device,
     Dispatch,
     Dtype,
+    ErrorBound,
     Field,
     Json,
     Limit,
@@ -36,6 +39,9 @@ from equipoise.arguments import (
 )
 from equipoise.commands.show import say, show_evaluation
 
+if TYPE_CHECKING:
+    from equipoise.pipeline import Balanced
+
 
 def balance(
     model: Model,
@@ -43,7 +49,7 @@ def balance(
     text: TextOrSelf = None,
     scenario: Scenario = None,
     heldout: Annotated[
-        list[str] | None, typer.Option(help="text to judge on: NAME=FILE[,FILE...]  [default: a fifth of the text]")
+        list[str] | None, typer.Option(help="text to judge on: NAME=FILE[,FILE...]", show_default="a fifth of the text")
     ] = None,
     field: Field = "text",
     method: Method = "rq",
@@ -51,9 +57,8 @@ def balance(
         str, typer.Option(help="judged beside it, each in memory too: METHOD or METHOD:DISPATCH, separated by commas")
     ] = "rq-paper",
     units: Units = None,
-    error_bound: Annotated[
-        float | None, typer.Option(help="largest predicted relative RMS error of the layers' output")
-    ] = None,
+    error_bound: ErrorBound = None,
+    bytes_fraction: BytesFraction = None,
     options: Options = None,
     dispatch: Dispatch = "least_loaded",
     rounding: Annotated[str, typer.Option(help="how METHOD's experts are rounded: agq, agq2, gptq, rtn-clip or rtn")] = "agq",
@@ -81,13 +86,13 @@ def balance(
     from equipoise.pipeline import balance as run
 
     result = run(
-        model, read(files, field), out, heldout=read(held_files, field) or None, method=method, compare=names(compare),
-        units=units, plan_options=plan_options(error_bound, None, options), dispatch=dispatch, rounding=rounding,
-        own_text=own_text, tokens=tokens, heldout_tokens=heldout_tokens, seq_len=seq_len, batch_size=batch_size, seed=seed,
-        tasks=task or (), task_dir=task_dir, limit=limit, policy=policy, dtype=dtype, device=device, files=files,
-        progress=not quiet, say=say(quiet),
+        model, read(files, field, model), out, heldout=read(held_files, field, model) or None, method=method,
+        compare=names(compare), units=units, plan_options=plan_options(error_bound, bytes_fraction, options),
+        dispatch=dispatch, rounding=rounding, own_text=own_text, tokens=tokens, heldout_tokens=heldout_tokens,
+        seq_len=seq_len, batch_size=batch_size, seed=seed, tasks=task or (), task_dir=task_dir, limit=limit, policy=policy,
+        dtype=dtype, device=device, files=files, progress=not quiet, say=say(quiet),
     )  # fmt: skip
-    show_evaluation(as_json, result.evaluation, result.model_directory)
+    _tell(as_json, result)
 
 
 def demo(
@@ -119,4 +124,18 @@ def demo(
         progress=not quiet,
         say=tell,
     )
+    _tell(as_json, result)
+
+
+def _tell(as_json: bool, result: Balanced) -> None:
+    """Print what was proved, and the command that puts all of the run on one page."""
     show_evaluation(as_json, result.evaluation, result.model_directory)
+    if not as_json:
+        files = [
+            result.profile_file,
+            *result.plan_files.values(),
+            result.evaluation_file,
+            "--out",
+            result.directory / "report.html",
+        ]
+        print("next: equipoise report " + " ".join(shlex.quote(str(file)) for file in files))

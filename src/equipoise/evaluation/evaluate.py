@@ -99,7 +99,7 @@ def evaluate(
     if not contenders:
         raise EquipoiseError("there is no balanced model to compare with the base; give at least one.")
     if not texts and not tasks:
-        raise EquipoiseError("there is nothing to evaluate on; give --text, --tasks or both.")
+        raise EquipoiseError("there is nothing to evaluate on; give --text, --scenario or --task, or several of them.")
     if batch_size < 1:
         raise EquipoiseError(f"a batch of {batch_size} sequences is none; --batch-size must be at least 1.")
     entrants = [_Entrant(name, model, plan_of(model)) for name, model in contenders.items()]

@@ -63,7 +63,7 @@ def load_tasks(names: Sequence[str], *, task_dir: Path | None, limit: int | None
     if not names:
         return []
     if find_spec("lm_eval") is None:
-        raise EquipoiseError("tasks need lm-eval, which is not installed; run: pip install 'equipoise[eval]'.")
+        raise EquipoiseError("tasks need lm-eval, which is not installed: pip install lm-eval.")
     if limit is not None and limit < 1:
         raise EquipoiseError(f"a limit of {limit} items leaves nothing to evaluate; give at least 1.")
     loaded = []

@@ -17,7 +17,7 @@ from equipoise.execution.install import install
 from equipoise.execution.layerwise import Batch, Calibration, Progress, quantize_model
 from equipoise.execution.slots import ExpertSlots, slots_of
 from equipoise.models.fingerprint import check_weights
-from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors, find_moe_layers, model_facts
+from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors, find_moe_layers, model_facts, name_of
 from equipoise.models.policy_marks import policy_id
 from equipoise.models.streamed import streamed_of
 from equipoise.precisions import precision
@@ -78,7 +78,7 @@ def apply_plan(
         raise ModelError("the model is read from its files layer by layer; carry the plan out with apply_streamed.")
     require_policy(plan.routing_policy, policy_id(model), "applied")
     plan.require_all_experts("carried out by slots")
-    plan.check_model(model_facts(model, plan.model.name))
+    plan.check_model(model_facts(model, name_of(model)))
     layers = find_moe_layers(model)
     _check(model, plan, layers, method, batches is not None)
     if batches is not None and METHODS.get(method).reads_hessian:

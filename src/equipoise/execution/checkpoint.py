@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from equipoise.artifacts.plan import PLAN_FILE
 from equipoise.errors import CheckpointError
 from equipoise.execution.balanced_config import METHOD, WEIGHTS, WEIGHTS_INDEX, plan_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAN_FILE = "equipoise.plan.json"
 STOCK_INDEX = "model.safetensors.index.json"
 OTHER_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model*.safetensors.index.json", "*.gguf")
 # What transformers' save_pretrained takes and this one can honour; a hub upload would send names not yet changed.
@@ -177,6 +177,10 @@ def put_in_place(new: Path, directory: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no '{path}'; give the directory of a model that `equipoise apply` or `equipoise balance` wrote."
+        ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from error
     except ValueError as error:

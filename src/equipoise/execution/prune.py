@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from equipoise.artifacts import Plan
+from equipoise.artifacts.plan import PLAN_FILE
 from equipoise.errors import CheckpointError, ModelError, PlanError
-from equipoise.execution.checkpoint import PLAN_FILE, put_in_place
+from equipoise.execution.checkpoint import put_in_place
 from equipoise.execution.export_checkpoint import Shards
 from equipoise.execution.prune_slices import Kept, Pruning, plan_slices
 from equipoise.execution.stock_names import stock_state

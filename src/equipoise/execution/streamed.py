@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 from equipoise.artifacts import Plan
 from equipoise.artifacts.files import write_atomic
+from equipoise.artifacts.plan import PLAN_FILE
 from equipoise.artifacts.routing import require_policy
 from equipoise.errors import EquipoiseError, ModelError
 from equipoise.execution.balanced_config import WEIGHTS_INDEX
-from equipoise.execution.checkpoint import PLAN_FILE, keep_others, put_in_place, refuse_other_model, work_directory
+from equipoise.execution.checkpoint import keep_others, put_in_place, refuse_other_model, work_directory
 from equipoise.execution.families import family_of
 from equipoise.execution.finished import RUN_FILE, FinishedLayers, Report
 from equipoise.execution.hf_quantizer import mark_balanced
 from equipoise.execution.install import begin_install, build_slots, fill_slots, put_slots
 from equipoise.execution.layerwise import Calibration, Progress, check_calibration, round_layers
 from equipoise.models.blocks import moe_blocks
-from equipoise.models.layers import MoELayer, find_moe_layers, model_facts
+from equipoise.models.layers import MoELayer, find_moe_layers, model_facts, name_of
 from equipoise.models.policy_marks import policy_id
 from equipoise.models.streamed import Streamed, streamed_of
 from equipoise.models.tensor_files import TensorFiles, write_tensors
@@ -120,7 +121,7 @@ def _check(
         raise ModelError("the model is quantized already; plans are applied to 16- or 32-bit models.")
     require_policy(plan.routing_policy, policy_id(model), "applied")
     plan.require_all_experts("carried out by slots")
-    plan.check_model(model_facts(model, plan.model.name))  # reads all weights, and finds those that are not numbers
+    plan.check_model(model_facts(model, name_of(model)))  # reads all weights, and finds those that are not numbers
     return {"method": method} if calibration is None else calibration.record()
 
 

@@ -156,6 +156,11 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[MoELayer, ...]:
     return tuple(_layer(model, index, *layer, labels[layer[3]]) for index, layer in enumerate(found))
 
 
+def name_of(model: PreTrainedModel) -> str:
+    """What a model was loaded from, a directory or a hub name; its class where it was not loaded."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
 def model_facts(model: PreTrainedModel, name: str, layers: tuple[MoELayer, ...] | None = None) -> ModelFacts:
     """What profiles and plans know of a model.
 

@@ -139,6 +139,8 @@ def _open(path: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
         header = json.loads(data[8 : 8 + size])
         if not isinstance(header, dict):
             raise ValueError("its header is no table of tensors")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"the checkpoint is not whole: '{path}' is missing; copy it again.") from error
     except OSError as error:
         raise CheckpointError(f"cannot read '{path}': {error.strerror or error}.") from error
     except ValueError as error:

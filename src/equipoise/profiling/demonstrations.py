@@ -17,6 +17,7 @@ import torch
 
 from equipoise.artifacts.files import write_atomic
 from equipoise.errors import EquipoiseError, ModelError, TextError
+from equipoise.profiling.chats import chat_text
 from equipoise.profiling.forward import evaluation_mode
 from equipoise.profiling.texts import read_rows
 
@@ -146,8 +147,7 @@ def token_counts(demonstrations: Sequence[Demonstration], tokenizer: Any) -> tup
 def _demonstration(tokenizer: Any, prompt: str, answer: str) -> Demonstration:
     """Prompt and answer as the model reads them: in its chat template, or the answer on the line after the prompt."""
     if getattr(tokenizer, "chat_template", None):
-        asked = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
-        asked = str(asked).removeprefix(tokenizer.bos_token or "")  # put before every row of text anyway
+        asked = chat_text(tokenizer, [{"role": "user", "content": prompt}], ask=True)
     else:
         asked = prompt if prompt[-1:].isspace() else f"{prompt}\n"
     return Demonstration(prompt, answer, asked + answer, "given" if answer else "none")

@@ -104,7 +104,9 @@ def load_tokenizer(name: str) -> Any:
     """
     _check_directory(name)
     if Path(name).is_dir() and not any(path for pattern in TOKENIZER_FILES for path in Path(name).glob(pattern)):
-        raise ModelError(f"directory '{name}' holds no tokenizer; save the model's tokenizer there, or name it separately.")
+        raise ModelError(
+            f"directory '{name}' holds no tokenizer; copy the model's there (tokenizer.json, tokenizer_config.json)."
+        )
     with _explained(name, "a tokenizer of "):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
@@ -169,7 +171,13 @@ def _explained(name: str, what: str = "") -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0].rstrip(".") if lines else type(error).__name__
-        where = "" if Path(name).is_dir() else " Give a local directory, or the name of a model on a hub within reach."
+        if Path(name).is_dir():
+            where = " The checkpoint is not whole; copy it again." if isinstance(error, FileNotFoundError) else ""
+        else:
+            where = (
+                f" There is no directory '{name}' here either; give a model's directory, or the name of a model on a hub "
+                "within reach."
+            )
         raise ModelError(f"cannot load {what}'{name}': {reason}.{where}") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust"):

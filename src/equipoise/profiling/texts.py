@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,13 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
 SAMPLER_FIELD = "equipoise_sampler"
 """Key of a JSON line that a model wrote itself: how its text was chosen."""
+
+FIELD = "text"
+CHAT_FIELD = "messages"
+"""Key that engines log a chat under; read where a line has it and no `FIELD`."""
+
+ChatWriter = Callable[[Sequence[Mapping[str, Any]]], str]
+"""Makes the text that a model reads from the messages of a chat."""
 
 
 class BalancedText(str):
@@ -40,15 +47,16 @@ def refuse_balanced(scenarios: Mapping[str, Iterable[str]]) -> None:
             )
 
 
-def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> list[str]:
+def read_documents(paths: Iterable[str | Path], *, field: str = FIELD, write_chat: ChatWriter | None = None) -> list[str]:
     """Read the documents of one scenario, in order of files and lines.
 
-    A `.txt` file is one document, a line of a `.jsonl` file is one document; both may be gzipped.
+    A `.txt` file is one document, a line of a `.jsonl` file is one document; both may be gzipped. A chat is one document too.
     Documents of white space alone are left out. A line that says it was balanced by its sampler gives a `BalancedText`.
 
     Args:
         paths: files to read.
-        field: key of a JSON line that holds the document.
+        field: key of a JSON line that holds the document, as text or as a chat: a list of objects with `role` and `content`.
+        write_chat: makes the text of a chat, which depends on the model; chats are refused without it.
 
     Raises:
         TextError: a file is missing, not UTF-8 text, of another format, holds a bad line (its number is named), or
@@ -59,7 +67,7 @@ def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> list[
     files = [Path(path) for path in paths]
     if not files:
         raise TextError(f"no text files given; give at least one file ending in {', '.join(SUFFIXES)}.")
-    documents = [document for path in files for document in _documents(path, field) if document.strip()]
+    documents = [document for path in files for document in _documents(path, field, write_chat) if document.strip()]
     if not documents:
         raise TextError(f"no text in {', '.join(repr(str(path)) for path in files)}: every document is empty.")
     return documents
@@ -84,14 +92,14 @@ def read_rows(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def _documents(path: Path, field: str) -> Iterator[str]:
+def _documents(path: Path, field: str, write_chat: ChatWriter | None) -> Iterator[str]:
     if not path.name.lower().endswith(SUFFIXES):
         raise TextError(f"cannot tell the format of text file '{path}'; allowed endings are {', '.join(SUFFIXES)}.")
     if ".jsonl" not in path.name.lower():
         yield _read(path)
         return
     for line, where in _lines(path):
-        yield _json_document(_row(line, where), field, where)
+        yield _json_document(_row(line, where), field, where, write_chat)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -114,12 +122,29 @@ def _row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _json_document(row: Mapping[str, Any], field: str, where: str) -> str:
+def _json_document(row: Mapping[str, Any], field: str, where: str, write_chat: ChatWriter | None) -> str:
+    if field == FIELD and FIELD not in row and CHAT_FIELD in row:
+        field = CHAT_FIELD
     if field not in row:
         raise TextError(f"{where} has no field '{field}'; it has: {', '.join(sorted(row)) or 'none'}. Choose one with --field.")
-    if not isinstance(row[field], str):
-        raise TextError(f"{where}: field '{field}' holds {type(row[field]).__name__}, not text. Choose another with --field.")
-    return BalancedText(row[field]) if row.get(SAMPLER_FIELD, "plain") != "plain" else str(row[field])
+    held = row[field]
+    if _is_chat(held):
+        if write_chat is None:
+            raise TextError(f"{where}: field '{field}' holds a chat, and only a model's tokenizer tells its text; give text.")
+        try:
+            return write_chat(held)
+        except TextError as error:
+            raise TextError(f"{where}: {error}") from error
+    if not isinstance(held, str):
+        raise TextError(
+            f"{where}: field '{field}' holds {type(held).__name__}, neither text nor a chat (a list of objects with role and "
+            "content). Choose another with --field."
+        )
+    return BalancedText(held) if row.get(SAMPLER_FIELD, "plain") != "plain" else held
+
+
+def _is_chat(held: Any) -> bool:
+    return isinstance(held, list) and bool(held) and all(isinstance(said, dict) and "role" in said for said in held)
 
 
 def _read(path: Path) -> str:

@@ -46,7 +46,7 @@ def pictures(figure: Figure) -> dict[str, bytes]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise EquipoiseError("pictures need matplotlib: pip install equipoise[plots]; or --format md.") from error
+        raise EquipoiseError("pictures need matplotlib: pip install matplotlib; or --format md.") from error
     limit = ratio_limit(figure.views)
     out = {}
     for view in figure.views:

@@ -31,6 +31,7 @@ class Evidence:
         evaluation: what was proved, or None.
         frontier: the points of `equipoise frontier --json`; empty when there are none.
         files: name of a plan, or "profile", "evaluation", "frontier" -> file, for commands to run next.
+        models: name of an evaluated model -> directory that holds it, for those that are known to be there.
     """
 
     profile: Profile | None = None
@@ -38,6 +39,7 @@ class Evidence:
     evaluation: Evaluation | None = None
     frontier: Sequence[FrontierPoint] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.profile is None and not self.plans and self.evaluation is None:

@@ -45,7 +45,7 @@ def frontier_plot(
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     except ImportError as error:
-        raise EquipoiseError("plots need matplotlib: pip install equipoise[plots]; or use --json.") from error
+        raise EquipoiseError("plots need matplotlib: pip install matplotlib; or use --json.") from error
     columns = min(3, len(models))
     rows = -(-len(models) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")

@@ -31,7 +31,7 @@ def read_metrics(text: str) -> dict[str, dict[str, float]]:
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError as error:
-        raise EquipoiseError("watching needs prometheus-client: pip install equipoise[serve].") from error
+        raise EquipoiseError("watching needs prometheus-client: pip install prometheus-client.") from error
     found: dict[str, dict[str, float]] = {}
     try:
         for family in text_string_to_metric_families(text):

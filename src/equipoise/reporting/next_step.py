@@ -107,17 +107,23 @@ def _after_proof(evidence: Evidence) -> NextStep:
             _command("frontier", source, "--json") + " > frontier.json",
             f"'{best.name}' holds up. This shows what other bytes and error bounds would buy; give the file to this report.",
         )
-    directory = f"{names[0]}-model" if names else best.name
+    there = evidence.models.get(best.name)
+    directory = there or (f"{names[0]}-model" if names else best.name)
+    write = _command("apply", evaluation.base, _file(evidence, names[0] if names else "", "PLAN"), "--out", directory)
     if not best.tasks:
+        judged_on_tasks = _command("evaluate", evaluation.base, directory, "--task", "hellaswag", "--task", "arc_easy")
         return NextStep(
-            _command("evaluate", evaluation.base, directory, "--task", "hellaswag", "--task", "arc_easy"),
+            judged_on_tasks if there else f"{write} && {judged_on_tasks}",
             f"'{best.name}' holds up on text; tasks tell whether it does on what the model is used for.",
         )
     judge = "text and tasks" if best.texts else "tasks"
-    return NextStep(
-        _command("apply", evaluation.base, _file(evidence, names[0] if names else "", "PLAN"), "--out", directory),
-        f"'{best.name}' holds up on {judge}; this writes the model that `from_pretrained` loads.",
-    )
+    if there:
+        return NextStep(
+            _command("inspect", f"{directory}/equipoise.plan.json"),
+            f"'{best.name}' holds up on {judge}. `from_pretrained('{directory}')` loads it once equipoise is imported; this "
+            "prints what it holds.",
+        )
+    return NextStep(write, f"'{best.name}' holds up on {judge}; this writes the model that `from_pretrained` loads.")
 
 
 def _tighter_bound(evidence: Evidence, judged: list[Contender]) -> float:

@@ -64,9 +64,7 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise EquipoiseError(
-            "the page needs plotly: pip install equipoise[report]; or --format md, or --format png."
-        ) from error
+        raise EquipoiseError("the page needs plotly: pip install plotly; or --format md, or --format png.") from error
     return str(get_plotlyjs())
 
 

@@ -17,6 +17,9 @@ from equipoise.metrics import METRICS, cumulative_lis, lis
 
 Rows = dict[str, Any]
 
+FEW_SELECTIONS = 100
+"""Mean selections of an expert in a layer below which chance alone scatters its load by more than a tenth."""
+
 
 def profile_rows(profile: Profile) -> Rows:
     """What was measured: balance of every layer, scenario and window, and how importance goes with load.
@@ -24,7 +27,8 @@ def profile_rows(profile: Profile) -> Rows:
     Returns:
         `model` and `source` (identity); `layers` (the metrics of each over all scenarios, with its heaviest expert) and their
         `mean` and `max`; `scenarios` (tokens and LIS of each); `windows` (LIS of each window alone, instantaneous, and of all
-        so far, cumulative, mean over layers); `importance` (mean over layers of Spearman's rank correlation with the load).
+        so far, cumulative, mean over layers); `importance` (mean over layers of Spearman's rank correlation with the load);
+        `notes` (scenarios with too few tokens to tell loads from chance).
     """
     load_LE, width_L = profile.load, profile.widths
     scores = {name: metric(load_LE, width_L) for name, metric in METRICS.items()}
@@ -69,6 +73,7 @@ def profile_rows(profile: Profile) -> Rows:
         "windows": _windows(profile),
         "importance": _importance(profile),
         "output_error": sorted(profile.output_error),
+        "notes": _scarce(profile),
     }
 
 
@@ -140,6 +145,17 @@ def _model(facts: Any) -> Rows:
         "moe_layers": len(facts.layers),
         "max_experts": facts.max_experts,
     }
+
+
+def _scarce(profile: Profile) -> list[str]:
+    """A sentence for every scenario whose experts were selected too rarely: counts of n scatter by sqrt(n)."""
+    mean_S = profile.scenario_load.sum((1, 2)) / profile.widths.sum()
+    return [
+        f"scenario '{name}' has {mean:,.1f} selections per expert and layer; below {FEW_SELECTIONS}, chance alone moves an "
+        "expert's load by more than 10 %. Give more text (and --tokens), or longer records."
+        for name, mean in zip(profile.source.scenarios, mean_S, strict=True)
+        if mean < FEW_SELECTIONS
+    ]
 
 
 def _windows(profile: Profile) -> list[Rows]:

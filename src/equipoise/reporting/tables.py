@@ -78,7 +78,7 @@ def profile_tables(profile: Profile) -> list[RenderableType]:
             coincide = f"{row['layers_whose_heaviest_is_most_important']} of {row['layers']} layers"
             importance.add_row(escape(row["estimator"]), fixed(row["rank_correlation_with_load"], sign=True), coincide)
         out.append(importance)
-    return out
+    return [*out, *rows["notes"]]
 
 
 def plan_tables(plan: Plan) -> list[RenderableType]:

@@ -209,7 +209,7 @@ def _check(plans: Mapping[str, Plan], source: Traffic | None, held_out: Traffic 
     if not plans:
         raise PlanError("simulate needs at least one plan; give --plan FILE.")
     if source is None and held_out is None:
-        raise PlanError("simulate needs traffic: a profile, or a trace of real tokens.")
+        raise PlanError("simulate needs traffic: give --profile, or a --trace of real tokens.")
     if DEFAULT in plans:
         raise PlanError(f"'{DEFAULT}' is how the report calls the engines' own placement; give that plan another name.")
     first = next(iter(plans.values()))

@@ -21,7 +21,7 @@ from equipoise.execution.install import shared_tracker
 from equipoise.execution.routing.policies import POLICIES, Here, Policy, make_policy, scores_of
 from equipoise.models.adapters.base import call_arguments, forward_names
 from equipoise.models.choice import Choice, ChoiceTap
-from equipoise.models.layers import MoELayer, find_moe_layers, model_facts, observe
+from equipoise.models.layers import MoELayer, find_moe_layers, model_facts, name_of, observe
 from equipoise.models.policy_marks import MARK, POLICY, RoutingMark, policy_of
 from equipoise.models.tokens import TokenBatch, TokenTracker
 
@@ -64,7 +64,7 @@ def attach_policy(model: PreTrainedModel, policy: RoutingPolicy, *, check: bool 
     layers = find_moe_layers(model)
     if check:
         plan = plan_of(model)
-        policy.check_model(model_facts(model, policy.model) if plan is None else plan.model)
+        policy.check_model(model_facts(model, name_of(model)) if plan is None else plan.model)
     if len(layers) != len(policy.layers):
         raise PlanError(f"the policy has {len(policy.layers)} MoE layers, the model {len(layers)}; fit it on this model.")
     rule = make_policy(policy.name, policy.options)

@@ -26,7 +26,7 @@ from equipoise.execution.layerwise import Batch
 from equipoise.execution.routing.attach import UNREAD, check_layer, detach_policy, here_of, put_hooks, routed
 from equipoise.execution.routing.policies import Here, Policy, Seen, make_policy, options_of
 from equipoise.models.choice import Choice
-from equipoise.models.layers import MoELayer, find_moe_layers, model_facts, observe
+from equipoise.models.layers import MoELayer, find_moe_layers, model_facts, name_of, observe
 from equipoise.models.policy_marks import policy_of
 from equipoise.models.recorder import record
 from equipoise.models.tokens import TokenTracker
@@ -77,7 +77,7 @@ def fit_policy(
     for layer in layers:
         if layer.layout in UNREAD:
             raise ModelError(f"{type(layer.experts).__name__} cannot be given a routing policy: {UNREAD[layer.layout]}.")
-    facts = model_facts(model, model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    facts = model_facts(model, model_name or name_of(model))
     total = len(batches) * ((sweeps or rule.sweeps) + 1)
     done = 0
 

