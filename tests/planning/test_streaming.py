@@ -9,10 +9,10 @@ from equipoise.artifacts import Plan
 from equipoise.errors import EquipoiseError, PlanError
 from equipoise.planning.methods import make_plan
 from equipoise.planning.streaming.adaptive import Adaptive, adaptive
-from equipoise.planning.streaming.decision import Costs, Entry, Ledger, mean_lis, moved, with_layers
+from equipoise.planning.streaming.decision import Costs, Entry, Ledger, fullest, mean_lis, moved, with_layers
 from equipoise.planning.streaming.drift import Window
 from equipoise.planning.streaming.policies import POLICIES, make_policy
-from equipoise.planning.streaming.trial import Trial, fullest
+from equipoise.planning.streaming.trial import Trial
 from planning.cases import make_profile, skewed
 
 FREE = Costs(1e-6, 0.0, 0.0)

@@ -72,7 +72,7 @@ def replay_stream(
     shape = (len(plan.layers), plan.model.max_experts)
     if len(steps_NLE) == 0 or steps_NLE.shape[1:] != shape:
         raise PlanError(f"a stream of shape {steps_NLE.shape} given; it must have steps of shape {shape}, [L, E].")
-    start, ledger = plan, Ledger(unit_load)
+    start, ledger = plan, Ledger(lambda plan, load_LE: float(unit_load(plan, load_LE).max(1).sum()))
     instantaneous, cumulative, paper, held, decisions = [], [], [], [], []
     total_LU = np.zeros((len(plan.layers), plan.units))
     saved = 0.0

@@ -7,6 +7,7 @@ Shapes: L MoE layers, E logical experts of the widest layer, U units.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from equipoise.artifacts import LayerPlan, Plan
 from equipoise.artifacts.json_file import first_problem
 from equipoise.errors import PlanError
 from equipoise.metrics import lis
+from equipoise.planning.streaming.reassign import peaks
 
 Floats = NDArray[np.float64]
 Load = NDArray[np.integer[Any]]
@@ -115,6 +117,24 @@ class Entry:
         return self.saved - self.cost
 
 
+def fullest(plan: Plan, load_LE: Load) -> float:
+    """Selections of each layer's fullest unit, added up over layers.
+
+    Args:
+        plan: its dispatch: by shares, or each step split anew to the least loaded.
+        load_LE: [L, E] selections of a step.
+    """
+    return math.fsum(
+        float(
+            peaks(
+                np.array(columns.experts), np.array(columns.shares), np.array(columns.units), plan.units,
+                np.asarray(load_E, np.int64)[None, : facts.num_experts], least_loaded=plan.dispatch == "least_loaded",
+            )[0]
+        )
+        for columns, facts, load_E in zip(plan.layers, plan.model.layers, load_LE, strict=True)
+    )  # fmt: skip
+
+
 class Ledger:
     """What each change of plan has won on the load that came after it, against keeping the plan before.
 
@@ -122,14 +142,14 @@ class Ledger:
         entries: in order of time.
     """
 
-    def __init__(self, unit_load: Callable[[Plan, Load], Floats] = Plan.unit_load) -> None:
+    def __init__(self, fullest: Callable[[Plan, Load], float] = fullest) -> None:
         """Without entries yet.
 
         Args:
-            unit_load: [L, U] what units serve of a load under a plan; by the plan's shares when omitted.
+            fullest: selections of each layer's fullest unit of a load under a plan, added up over layers.
         """
         self.entries: list[Entry] = []
-        self._unit_load = unit_load
+        self._fullest = fullest
         self._plans: tuple[Plan, Plan] | None = None
 
     def change(self, entry: Entry, before: Plan, after: Plan) -> None:
@@ -141,7 +161,7 @@ class Ledger:
         """A step was served under the plan of the last change."""
         if self._plans is None:
             return
-        before, after = (float(self._unit_load(plan, load_LE).max(1).sum()) for plan in self._plans)
+        before, after = (self._fullest(plan, load_LE) for plan in self._plans)
         self.entries[-1].saved += (before - after) * per_selection
         self.entries[-1].steps += 1
 

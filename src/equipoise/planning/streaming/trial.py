@@ -10,8 +10,7 @@ import math
 import numpy as np
 
 from equipoise.artifacts import Plan
-from equipoise.planning.streaming.decision import Costs, Floats, Load, moving_cost
-from equipoise.planning.streaming.reassign import peaks
+from equipoise.planning.streaming.decision import Costs, Floats, Load, fullest, moving_cost
 
 
 class Trial:
@@ -77,21 +76,3 @@ class Trial:
             moving_cost(plan, self.plan, costs),
         )
         return f"{lost:.3g} +- {error:.2g} s lost in {self.tried} steps, a change costs {cost:.3g} s"
-
-
-def fullest(plan: Plan, load_LE: Load) -> float:
-    """Selections of each layer's fullest unit, added up over layers.
-
-    Args:
-        plan: its dispatch: by shares, or each step split anew to the least loaded.
-        load_LE: [L, E] selections of a step.
-    """
-    return math.fsum(
-        float(
-            peaks(
-                np.array(columns.experts), np.array(columns.shares), np.array(columns.units), plan.units,
-                np.asarray(load_E, np.int64)[None, : facts.num_experts], least_loaded=plan.dispatch == "least_loaded",
-            )[0]
-        )
-        for columns, facts, load_E in zip(plan.layers, plan.model.layers, load_LE, strict=True)
-    )  # fmt: skip
