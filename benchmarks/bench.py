@@ -165,10 +165,10 @@ def page(about: dict[str, object], found: dict[str, Found]) -> str:
 def scripts() -> str:
     """Every script with the first sentence of what it says of itself, as a table."""
     rows = ["| script | measures |", "|---|---|"]
-    for file in sorted(HERE.glob("*.py")):
+    for file in [*sorted(HERE.glob("*.py")), *sorted(HERE.glob("paper/*.py"))]:
         source = file.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in source:
-            rows.append(f"| `{file.name}` | {(get_docstring(parse(source)) or '').splitlines()[0]} |")
+            rows.append(f"| `{file.relative_to(HERE)}` | {(get_docstring(parse(source)) or '').splitlines()[0]} |")
     return "\n".join(rows)
 
 
