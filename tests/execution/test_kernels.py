@@ -12,11 +12,14 @@ from torch import Tensor
 
 from equipoise.execution import kernels, kernels_nibbles
 from equipoise.execution.kernels import (
+    ROW_UNIT,
+    UNIT_ELEMENTS,
     ConvertedKernel,
     FloatKernel,
     blocks,
     compute_dtype,
     grouped_linear,
+    in_units,
     spread,
 )
 from equipoise.execution.kernels_int8 import Int8Kernel, byte_rows, has_int8_kernel
@@ -86,6 +89,29 @@ def test_blocks_hold_all_rows_in_order(counts: list[int], limit: int) -> None:
     ]
     assert all(sum(rows) <= limit or len(rows) == 1 for _, rows in found)
     assert all(sum(a[1]) + b[1][0] > limit for a, b in pairwise(found)), "a block could hold more"
+
+
+@given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any))
+def test_rows_come_in_units_with_neighbours_beside_them(counts: list[int]) -> None:
+    x_NI = torch.arange(1.0, 1 + sum(counts))[:, None]
+    assert [len(rows) for rows, _ in in_units(x_NI, counts, UNIT_ELEMENTS + 1)] == counts, "large matrices"
+    start = 0
+    for (rows, own), count in zip(in_units(x_NI, counts, 8), counts, strict=True):
+        assert torch.equal(rows[own], x_NI[start : start + count])
+        assert len(rows) == count if count <= ROW_UNIT else len(rows) % ROW_UNIT == 0 and len(rows) < count + ROW_UNIT
+        start += count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_fills_rows_up_reaches_no_product(dtype: torch.dtype) -> None:
+    counts, generator = [20, 3, 37], torch.Generator().manual_seed(0)
+    weight_GOI = torch.randn(3, 24, 32, generator=generator).to(dtype)
+    x_NI = torch.randn(60, 32, generator=generator).to(dtype)
+    expected = torch.cat([part @ w.t() for part, w in zip(x_NI.float().split(counts), weight_GOI.float(), strict=True)])
+    x_NI[23:] = torch.nan
+    found = FloatKernel(weight_GOI).linear(x_NI, [0, 1, 2], counts)
+    torch.testing.assert_close(found[:23].float(), expected[:23], atol=0.05, rtol=0.02)
+    assert found[23:].isnan().all()
 
 
 def test_spread_repeats_the_row_of_the_slot() -> None:

@@ -24,6 +24,11 @@ CHUNK_BYTES = 4 << 20
 BLOCK_ROWS = 256
 # Rows of a slot up to which weights are read no faster in 16 bits than in 32, and the other way round.
 FEW_ROWS = 4
+# oneDNN makes code for every number of rows that it meets in 16 and 8 bits, and forgets it after a thousand others. Where
+# numbers always differ that takes as long as the products with a small matrix, and more rows take less; not so with larger
+# ones (measured: benchmarks/changing_rows.py).
+ROW_UNIT = 16
+UNIT_ELEMENTS = 1 << 20
 # Outputs that zero points share words with, at most.
 ROW_STEP = 32
 ALIGNMENT = 16
@@ -191,8 +196,34 @@ def has_bfloat16_unit() -> bool:
     return any(bool(getattr(torch.cpu, kind, lambda: False)()) for kind in kinds)
 
 
+def in_units(x_NI: Tensor, counts: Sequence[int], outputs: int) -> Iterator[tuple[Tensor, slice]]:
+    """The rows of each slot, for a small matrix as a multiple of `ROW_UNIT` rows, and where they are among those.
+
+    What they are filled up with are rows of neighbouring slots, or zeros where there are not enough; its products are to be
+    dropped. Up to `ROW_UNIT` rows stay as many as they are.
+
+    Args:
+        x_NI: rows sorted by slot.
+        counts: rows of each slot, N in all.
+        outputs: O of the matrix.
+    """
+    unit, start = ROW_UNIT if x_NI.shape[1] * outputs <= UNIT_ELEMENTS else 1, 0
+    for count in counts:
+        size = -(-count // unit) * unit if count > unit else count
+        first = min(start, len(x_NI) - size)
+        if first < 0:
+            yield F.pad(x_NI[start : start + count], (0, 0, 0, size - count)), slice(0, count)
+        else:
+            yield x_NI[first : first + size], slice(start - first, start - first + count)
+        start += count
+
+
 def _each(x_NI: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    parts = [F.linear(part, weight) for part, weight in zip(x_NI.split(list(counts)), weights, strict=True) if len(part)]
+    if x_NI.device.type == "cpu" and x_NI.element_size() == 2:
+        units = zip(in_units(x_NI, counts, len(weights[0])), weights, strict=True)
+        parts = [F.linear(rows, weight)[own] for (rows, own), weight in units if own.stop > own.start]
+    else:
+        parts = [F.linear(part, weight) for part, weight in zip(x_NI.split(list(counts)), weights, strict=True) if len(part)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equipoise.execution.kernels import in_units
+
 # oneDNN's fast kernels take unsigned bytes beside signed weights; signed inputs fall into its reference code.
 ZERO = 128
 LARGEST = 127
@@ -86,9 +88,11 @@ class Int8Kernel:
     def linear(self, rows: ByteRows, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
         """One product per slot, fp32."""
         y_NO = torch.empty(len(rows), self.scales_GO.shape[1])
-        parts = zip(rows.codes_NI.split(counts), rows.scales_N1.split(counts), y_NO.split(counts), slots, strict=True)
-        for codes_nI, scales_n1, y_nO, slot in parts:
-            torch.mul(_product(codes_nI, self.packed[slot], self.scales_GO[slot], self.zero_O), scales_n1, out=y_nO)
+        units = in_units(rows.codes_NI, counts, y_NO.shape[1])
+        parts = zip(units, rows.scales_N1.split(counts), y_NO.split(counts), slots, strict=True)
+        for (codes_nI, own), scales_n1, y_nO, slot in parts:
+            product_nO = _product(codes_nI, self.packed[slot], self.scales_GO[slot], self.zero_O)
+            torch.mul(product_nO[own], scales_n1, out=y_nO)
         return y_NO
 
 
