@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
     parser.add_argument("--heldout-tokens", type=int, default=1536, help="of each domain that is judged")
     parser.add_argument("--write", type=Path, default=None, help="Markdown file whose marked part is replaced")
+    parser.add_argument("--mark", default="quantization", help="which part")
     told = parser.parse_args()
     page = quantization_page.Page(told.methods, told.widths)
     for name in told.models:
@@ -224,7 +225,7 @@ def main() -> None:
     write_atomic(told.out / "quantization.md", text + "\n")
     write_atomic(told.out / "quantization.json", json.dumps(page.figures, indent=1))
     if told.write:
-        quantization_page.write_between(told.write, "quantization", text)
+        quantization_page.write_between(told.write, told.mark, text)
 
 
 if __name__ == "__main__":
