@@ -28,6 +28,7 @@ from quantization_page import percent
 from scipy.stats import spearmanr
 
 from equipoise.artifacts.evaluation import Interval
+from equipoise.errors import PlanError
 from equipoise.evaluation import statistics
 from equipoise.execution.prune import prune_model
 from equipoise.profiling.calibrate import profile
@@ -162,12 +163,15 @@ def without(subject: Subject, left_out: Sequence[Sequence[int]], way: str) -> It
 def losses_without(
     subject: Subject, batches: Sequence[Batch], score_LE: Floats, widths: Sequence[int], cases: Sequence[tuple[str, str]]
 ) -> dict[str, list[float]]:
-    """Each case and end -> [R] loss of each row without the experts that a score names."""
-    found = {}
+    """Each case and end -> [R] loss of each row without the experts that a score names; none where routers need them."""
+    found: dict[str, list[float]] = {}
     for count, way in cases:
         for end in ENDS:
-            with without(subject, chosen(score_LE, widths, COUNTS[count], end), way) as model:
-                found[f"{count}/{end}/{way}"] = row_losses(model, batches)[0]
+            try:
+                with without(subject, chosen(score_LE, widths, COUNTS[count], end), way) as model:
+                    found[f"{count}/{end}/{way}"] = row_losses(model, batches)[0]
+            except PlanError:  # routers that choose among groups of experts need groups of one size
+                found[f"{count}/{end}/{way}"] = []
     return found
 
 
@@ -210,6 +214,12 @@ def losses_of(found: Mapping[str, Any], score: str, count: str, end: str, way: s
         score, end = MIRRORED[score], ENDS[1 - ENDS.index(end)]
     rows: list[float] = found["removals"][score][f"{count}/{end}/{way}"]
     return rows
+
+
+def change_cell(found: Mapping[str, Any], score: str, count: str, end: str, way: str) -> str:
+    """Change of perplexity, empty where the model cannot be run so."""
+    some = f"{RANDOM} 0" if score == RANDOM else score
+    return percent(change(found, score, count, end, way)) if losses_of(found, some, count, end, way) else ""
 
 
 def change(found: Mapping[str, Any], score: str, count: str, end: str, way: str) -> Interval:
@@ -273,9 +283,10 @@ def pages(found: Sequence[Mapping[str, Any]], told: argparse.Namespace) -> str:
                 "",
             ]
             lines += table(
-                "score", [*SCORES, RANDOM], found, lambda name, one, c=count, e=end, w=way: percent(change(one, name, c, e, w))
+                "score", [*SCORES, RANDOM], found, lambda name, one, c=count, e=end, w=way: change_cell(one, name, c, e, w)
             )
     lines.append(
+        "Empty where routers choose among groups of experts, which must keep as many each. "
         f"Intervals: 95 %, paired over rows of held-out text; of `{RANDOM}`, mean and range of {told.draws} draws. "
         f"Text: of each domain {told.rows} rows of at most {ROW} tokens to score experts on, {told.removal_rows} for "
         f"leave-one-out, {told.judged_rows} held-out ones to judge removals on; {told.dtype}; seed {told.seed}; {machine()}."
