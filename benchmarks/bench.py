@@ -168,7 +168,7 @@ def scripts() -> str:
     for file in [*sorted(HERE.glob("*.py")), *sorted(HERE.glob("paper/*.py"))]:
         source = file.read_text(encoding="utf-8")
         if '__name__ == "__main__"' in source:
-            rows.append(f"| `{file.relative_to(HERE)}` | {(get_docstring(parse(source)) or '').splitlines()[0]} |")
+            rows.append(f"| `{file.relative_to(HERE.parent)}` | {(get_docstring(parse(source)) or '').splitlines()[0]} |")
     return "\n".join(rows)
 
 
