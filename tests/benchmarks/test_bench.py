@@ -67,7 +67,7 @@ def test_figures_machine_and_versions_are_told(frame):
     assert found["versions"]["numpy"] != "not installed"
     assert found["parts"]["one"]["figures"] == [{"name": "ours / theirs", "value": 2, "low": 1.5, "high": 2.5, "unit": "x"}]
     assert "| ours / theirs | 2 (1.5..2.5) x |" in page
-    assert "one.py`" not in page, "scripts that are no programs are not listed"
+    assert "one.py` |" not in page, "scripts that are no programs are not listed"
 
 
 def test_finished_parts_are_kept_and_run_anew_when_asked(frame, tmp_path):
