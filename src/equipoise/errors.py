@@ -38,6 +38,18 @@ class ParallelError(EquipoiseError):
     """Processes that run a model together could not start, or one of them ended or hangs."""
 
 
+def missing_package(purpose: str, *packages: str, instead: str = "") -> EquipoiseError:
+    """An error for a package that a part of the library needs and that is not installed.
+
+    Args:
+        purpose: what needs it, as the subject of the sentence, with its verb ("the page needs").
+        packages: names on the package index.
+        instead: what can be done without it.
+    """
+    remedy = f"; or {instead}" if instead else ""
+    return EquipoiseError(f"{purpose} {' and '.join(packages)}, not installed here: pip install {' '.join(packages)}{remedy}.")
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> EquipoiseError:
     """An error for a name that is not registered, with the nearest known name.
 

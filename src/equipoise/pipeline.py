@@ -204,7 +204,7 @@ def balance(
     for name in (method, *compare):
         PLANNING.get(name.partition(":")[0])
     METHODS.get(rounding)
-    load_tasks(tasks, task_dir=None if task_dir is None else Path(task_dir), limit=limit, num_fewshot=0)
+    judged_tasks = load_tasks(tasks, task_dir=None if task_dir is None else Path(task_dir), limit=limit, num_fewshot=0)
     make_directory(out)
     say(f"load {model}")
     base, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
@@ -259,7 +259,7 @@ def balance(
     contenders[method] = load_balanced(out / "model", dtype=dtype, device=device)
     say(f"prove on text that was not planned from ({', '.join(judged_on)})")
     evaluation = evaluate(
-        base, contenders, tokenizer, texts=judged_on, tokens=heldout_tokens, tasks=tasks, task_dir=task_dir, limit=limit,
+        base, contenders, tokenizer, texts=judged_on, tokens=heldout_tokens, tasks=judged_tasks, task_dir=task_dir, limit=limit,
         seq_len=seq_len, batch_size=batch_size, seed=seed, base_name=model, progress=progress,
     )  # fmt: skip
     evaluation.save(out / EVALUATION)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from equipoise.engines.model_config import MAX_EXPERTS, MAX_LAYERS
 from equipoise.engines.records import Ints, Recording, Rows, as_counts, to_logical
 from equipoise.engines.untrusted import MAX_BYTES, read_npz, refuse, size_of
-from equipoise.errors import EquipoiseError, ProfileError
+from equipoise.errors import EquipoiseError, ProfileError, missing_package
 
 COLUMNS = ("layer", "expert", "count")
 NPZ_ARRAYS = ("counts", "scenarios", "windows", "window_scenario", "layers", "physical_to_logical_map", "top_k", "tokens")
@@ -147,7 +147,7 @@ def _parquet(path: Path) -> list[Recording]:
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise EquipoiseError(f"reading '{path}' needs pyarrow; `pip install pyarrow`, or save the table as CSV.") from error
+        raise missing_package(f"reading '{path}' needs", "pyarrow", instead="save the table as CSV") from error
     size_of(path)
 
     def lines() -> Iterator[tuple[Any, ...]]:

@@ -19,7 +19,7 @@ from equipoise.engines.model_config import MAX_EXPERTS, MAX_LAYERS
 from equipoise.engines.placement import Written, checked_slots, physical_slots, transformer_layers
 from equipoise.engines.records import Ints, Recording, as_counts, merged
 from equipoise.engines.untrusted import read_json, read_text, refuse, size_of
-from equipoise.errors import EquipoiseError, PlanError, ProfileError
+from equipoise.errors import PlanError, ProfileError, missing_package
 
 RANK_FILE = re.compile(r"rank(\d{1,6})\.safetensors")
 TENSOR_KEY = re.compile(r"(\d{1,12})_(\d{1,6})")
@@ -107,7 +107,7 @@ def _yaml() -> Any:
     try:
         import yaml  # type: ignore[import-untyped]
     except ImportError as error:
-        raise EquipoiseError("TensorRT-LLM's configuration needs pyyaml; `pip install pyyaml`.") from error
+        raise missing_package("TensorRT-LLM's configuration needs", "pyyaml") from error
     return yaml
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.errors import EquipoiseError, ProfileError
+from equipoise.errors import ProfileError, missing_package
 
 MAX_BYTES = 1 << 31
 """What the arrays of one file may take in memory."""
@@ -177,9 +177,7 @@ def _torch(purpose: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise EquipoiseError(
-            f"{purpose} needs torch, which is not installed; `pip install torch` (the CPU build will do)."
-        ) from error
+        raise missing_package(f"{purpose} needs", "torch") from error
     return torch
 
 

@@ -53,7 +53,7 @@ def evaluate(
     tokenizer: Any,
     *,
     texts: Mapping[str, Sequence[str]] | None = None,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str | LoadedTask] = (),
     task_dir: str | Path | None = None,
     limit: int | None = None,
     num_fewshot: int = 0,
@@ -73,7 +73,7 @@ def evaluate(
         tokenizer: of the base.
         texts: name -> documents, for perplexity, KL divergence and top-1 agreement; text that the plan was made from proves
             little.
-        tasks: names of lm-eval tasks; see `tasks.LOCAL_TASKS`.
+        tasks: names of lm-eval tasks, see `tasks.LOCAL_TASKS`; or what `tasks.load_tasks` made of them.
         task_dir: directory with the tasks' rows as local files; None reads them from the hub or its cache.
         limit: items of each task, None for all.
         num_fewshot: worked examples before each item.
@@ -142,7 +142,7 @@ def evaluate(
         units=units,
         options={
             "texts": {name: len(documents) for name, documents in texts.items()},
-            "tasks": list(tasks),
+            "tasks": [task.name for task in loaded],
             "task_dir": str(directory) if directory else None,
             "limit": limit,
             "num_fewshot": num_fewshot,

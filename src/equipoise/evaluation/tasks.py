@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from equipoise.errors import EquipoiseError, unknown_name
+from equipoise.errors import EquipoiseError, missing_package, unknown_name
 from equipoise.evaluation.local_tasks import LOCAL_TASKS, LocalTask, Row, read_rows, task_file
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")
@@ -48,11 +48,13 @@ class ItemScores:
     scores: NDArray[np.float64]
 
 
-def load_tasks(names: Sequence[str], *, task_dir: Path | None, limit: int | None, num_fewshot: int) -> list[LoadedTask]:
+def load_tasks(
+    names: Sequence[str | LoadedTask], *, task_dir: Path | None, limit: int | None, num_fewshot: int
+) -> list[LoadedTask]:
     """Load tasks by name before anything is run, so that a mistake shows at once.
 
     Args:
-        names: one of `LOCAL_TASKS`; without `task_dir` any task or group of lm-eval.
+        names: one of `LOCAL_TASKS`; without `task_dir` any task or group of lm-eval; what was loaded before stays as it is.
         task_dir: directory with the tasks' rows; None reads them from the hub (or its cache).
         limit: items of each task (of each subject where a task has subjects); None for all.
         num_fewshot: worked examples before each item; a task that fixes its own prompt (TruthfulQA) keeps it.
@@ -63,12 +65,14 @@ def load_tasks(names: Sequence[str], *, task_dir: Path | None, limit: int | None
     if not names:
         return []
     if find_spec("lm_eval") is None:
-        raise EquipoiseError("tasks need lm-eval, which is not installed: pip install lm-eval.")
+        raise missing_package("tasks need", "lm-eval")
     if limit is not None and limit < 1:
         raise EquipoiseError(f"a limit of {limit} items leaves nothing to evaluate; give at least 1.")
     loaded = []
     for name in dict.fromkeys(names):
-        if task_dir is None:
+        if isinstance(name, LoadedTask):
+            loaded.append(name)
+        elif task_dir is None:
             loaded.append(LoadedTask(name, tuple(_from_hub(name))))
         elif name not in LOCAL_TASKS:
             raise unknown_name("task with local files", name, LOCAL_TASKS)

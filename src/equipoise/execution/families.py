@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.errors import ModelError
+from equipoise.execution.selections import Selections
 from equipoise.execution.slot_group import Activation
 from equipoise.execution.slots import ExpertSlots
 from equipoise.models.adapters.base import nonzero_topk
@@ -155,12 +156,9 @@ class Llama4(Family):
         rows_D: Tensor = call[0]
         assert slots.scores is not None, "the router runs before its experts"
         experts_TK, weights_TK = nonzero_topk(slots.scores, slots.top_k)
-        tokens, k = experts_TK.shape
-        expert_S, token_S = experts_TK.reshape(-1), torch.arange(tokens * k, device=rows_D.device) // k
-        chosen = expert_S < slots.num_experts
-        expert_S, token_S, weight_S = expert_S[chosen], token_S[chosen], weights_TK.reshape(-1)[chosen]
-        row_S = expert_S * tokens + token_S
-        y_SD = slots.serve(rows_D[row_S], tokens, token_S, expert_S, weight_S, slots.activate)
+        chosen = Selections.of(experts_TK, weights_TK, slots.num_experts)
+        row_S = chosen.expert_S * chosen.tokens + chosen.token_S
+        y_SD = slots.serve(rows_D[row_S], chosen, slots.activate)
         return torch.zeros_like(rows_D).index_copy_(0, row_S, y_SD.to(rows_D.dtype))
 
 
@@ -232,8 +230,8 @@ class JetMoe(Family):
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         _, token_S, weight_S, sizes, _ = experts.router(x_TD)
         ids = torch.arange(slots.num_experts, device=x_TD.device)
-        expert_S = ids.repeat_interleave(torch.tensor(sizes, device=x_TD.device))
-        y_SD = slots.serve(x_TD[token_S], len(x_TD), token_S, expert_S, weight_S, slots.activate)
+        chosen = Selections(len(x_TD), token_S, ids.repeat_interleave(torch.tensor(sizes, device=x_TD.device)), weight_S)
+        y_SD = slots.serve(x_TD[token_S], chosen, slots.activate)
         out_TD = torch.zeros_like(x_TD).index_add(0, token_S, (y_SD * weight_S[:, None]).to(x_TD.dtype))
         return out_TD.view(hidden.shape) + experts.bias
 

@@ -16,6 +16,7 @@ from equipoise.artifacts import LayerPlan
 from equipoise.errors import unknown_name
 from equipoise.execution import dispatch
 from equipoise.execution.mixed_launch import mixed_experts
+from equipoise.execution.selections import Selections
 from equipoise.execution.slot_group import Activation, SlotGroup
 from equipoise.precisions import precision
 
@@ -113,27 +114,22 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
         Returns:
             [T, D] in the dtype of the inputs.
         """
-        tokens, k = expert_TK.shape
-        expert_S, weight_S = expert_TK.reshape(-1), weight_TK.reshape(-1)
-        token_S = torch.arange(tokens * k, device=expert_S.device) // k
-        if partial:
-            kept_S = ((expert_S >= 0) & (expert_S < self.num_experts)).nonzero().squeeze(1)
-            expert_S, weight_S, token_S = expert_S[kept_S], weight_S[kept_S], token_S[kept_S]
-        order_S, y_ND = self._serve(hidden_TD, tokens, token_S, expert_S, weight_S, activate)
+        chosen = Selections.of(expert_TK, weight_TK, self.num_experts if partial else None)
+        order_S, y_ND = self._serve(hidden_TD, chosen, activate)
         if after is not None:
             y_ND = after(y_ND)
         if partial:
-            y_ND = y_ND * weight_S[order_S, None]  # gate weights may be of more bits than the experts
-            out_TD = torch.zeros(tokens, y_ND.shape[1], dtype=y_ND.dtype, device=y_ND.device)
-            return out_TD.index_add_(0, token_S[order_S], y_ND).to(hidden_TD.dtype)
+            y_ND = y_ND * chosen.weight_S[order_S, None]  # gate weights may be of more bits than the experts
+            out_TD = torch.zeros(chosen.tokens, y_ND.shape[1], dtype=y_ND.dtype, device=y_ND.device)
+            return out_TD.index_add_(0, chosen.token_S[order_S], y_ND).to(hidden_TD.dtype)
         # Back in the order of tokens and summed in that order: deterministic on every device.
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         if y_ND.dtype == torch.float32:  # in one pass
-            out_TD = F.embedding_bag(back_S.view(tokens, k), y_ND, per_sample_weights=weight_TK.float(), mode="sum")
+            out_TD = F.embedding_bag(back_S.view(expert_TK.shape), y_ND, per_sample_weights=weight_TK.float(), mode="sum")
             return out_TD.to(hidden_TD.dtype)
         # In 16 bits as transformers does it, bit for bit: products are rounded before they are summed.
-        y_ND = y_ND * weight_S[order_S, None]
-        return y_ND[back_S].view(tokens, k, -1).sum(1).to(hidden_TD.dtype)
+        y_ND = y_ND * chosen.weight_S[order_S, None]
+        return y_ND[back_S].view(*expert_TK.shape, -1).sum(1).to(hidden_TD.dtype)
 
     def exchange(self, other: ExpertSlots) -> None:
         """Change plan and storage with other slots of the same layer; what else belongs to the place stays.
@@ -154,46 +150,36 @@ class ExpertSlots(nn.Module):  # type: ignore[misc]
             setattr(self, name, others)
             setattr(other, name, ours)
 
-    def serve(
-        self, x_SD: Tensor, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor, activate: Activation
-    ) -> Tensor:
+    def serve(self, x_SD: Tensor, chosen: Selections, activate: Activation) -> Tensor:
         """[S, D] outputs for inputs already gathered per selection, without gate weights, in the order of the selections."""
         rows_S = torch.arange(len(x_SD), device=x_SD.device)
-        order_S, y_ND = self._serve(x_SD, tokens, token_S, expert_S, weight_S, activate, rows_S)
+        order_S, y_ND = self._serve(x_SD, chosen, activate, rows_S)
         return torch.empty_like(y_ND).index_copy_(0, order_S, y_ND)
 
-    def _serve(
-        self,
-        x: Tensor,
-        tokens: int,
-        token_S: Tensor,
-        expert_S: Tensor,
-        weight_S: Tensor,
-        activate: Activation,
-        row_S: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        slot_S = self._dispatch(tokens, token_S, expert_S, weight_S)
+    def _serve(self, x: Tensor, chosen: Selections, activate: Activation, row_S: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        slot_S = self._dispatch(chosen)
         place_N, order_S = torch.sort(self._place(slot_S.device)[slot_S], stable=True)
         count_P = torch.bincount(place_N, minlength=self.plan.num_slots)
-        row_N = (token_S if row_S is None else row_S)[order_S]
+        row_N = (chosen.token_S if row_S is None else row_S)[order_S]
         return order_S, compute(self.groups, x.to(self.input_dtype(x)), row_N, count_P, activate)
 
     def input_dtype(self, x: Tensor) -> torch.dtype:
         """What inputs are computed in: the dtype of the slots in the model's own precision, or else the inputs' own."""
         return next((t.dtype for group in self.groups if group.native for t in group.parameters()), x.dtype)
 
-    def _dispatch(self, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor) -> Tensor:
+    def _dispatch(self, chosen: Selections) -> Tensor:
+        expert_S = chosen.expert_S
         copies = self.copies.to(expert_S.device)
         if not copies.any and not self.listeners:
             return copies.slots_EC[expert_S, 0]
         assert self.batches is not None, "slots need the tokens of the forward"
-        batch = self.batches(self.stack, tokens)
-        real_S = batch.real_T.to(expert_S.device)[token_S]
-        position_S = batch.position_T.to(expert_S.device)[token_S]
+        batch = self.batches(self.stack, chosen.tokens)
+        real_S = batch.real_T.to(expert_S.device)[chosen.token_S]
+        position_S = batch.position_T.to(expert_S.device)[chosen.token_S]
         if self.dispatch == "even":
             slot_S = dispatch.even(copies, expert_S, position_S)
         elif self.dispatch == "gate_aware":
-            slot_S = dispatch.gate_aware(copies, expert_S, position_S, weight_S, real_S)
+            slot_S = dispatch.gate_aware(copies, expert_S, position_S, chosen.weight_S, real_S)
         elif self.dispatch == "least_loaded":
             slot_S = dispatch.least_loaded(copies, expert_S, real_S, self.units)
         else:

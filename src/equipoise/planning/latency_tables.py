@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equipoise.artifacts import ModelFacts
-from equipoise.errors import PlanError
+from equipoise.errors import PlanError, missing_package
 from equipoise.planning.cost import ActivatedCost, CostModel, PairCost
 from equipoise.planning.cost_measured import GroupCost, PointCost, curve, fit_roofline, point_cost
 
@@ -172,7 +172,7 @@ def _parquet(path: Path) -> dict[str, NDArray[Any]]:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError as error:
-        raise PlanError("reading .parquet tables needs pyarrow: pip install pyarrow; or give the table as .csv.") from error
+        raise missing_package("reading .parquet tables needs", "pyarrow", instead="give the table as .csv") from error
     try:
         file = parquet.ParquetFile(path)
         if file.metadata.num_rows > MOST_ROWS:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import missing_package
 from equipoise.reporting import palette
 from equipoise.reporting.charts import (
     Bars,
@@ -46,7 +46,7 @@ def pictures(figure: Figure) -> dict[str, bytes]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise EquipoiseError("pictures need matplotlib: pip install matplotlib; or --format md.") from error
+        raise missing_package("pictures need", "matplotlib", instead="--format md") from error
     limit = ratio_limit(figure.views)
     out = {}
     for view in figure.views:

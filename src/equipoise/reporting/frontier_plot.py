@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.artifacts.files import write_atomic
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, missing_package
 from equipoise.reporting.simulation_plot import FORMATS
 
 FLOOR = 1e-3
@@ -45,7 +45,7 @@ def frontier_plot(
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     except ImportError as error:
-        raise EquipoiseError("plots need matplotlib: pip install matplotlib; or use --json.") from error
+        raise missing_package("plots need", "matplotlib", instead="use --json") from error
     columns = min(3, len(models))
     rows = -(-len(models) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")

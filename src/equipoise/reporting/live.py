@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, missing_package
 from equipoise.reporting.style import new_table
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def read_metrics(text: str) -> dict[str, dict[str, float]]:
     try:
         from prometheus_client.parser import text_string_to_metric_families
     except ImportError as error:
-        raise EquipoiseError("watching needs prometheus-client: pip install prometheus-client.") from error
+        raise missing_package("watching needs", "prometheus-client") from error
     found: dict[str, dict[str, float]] = {}
     try:
         for family in text_string_to_metric_families(text):

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import missing_package
 from equipoise.reporting import palette
 from equipoise.reporting.charts import ORIGINS, Figure, Origin, Table, height_of
 from equipoise.reporting.charts_plotly import figure_spec
@@ -64,7 +64,7 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise EquipoiseError("the page needs plotly: pip install plotly; or --format md, or --format png.") from error
+        raise missing_package("the page needs", "plotly", instead="--format md, or --format png") from error
     return str(get_plotlyjs())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.artifacts.files import write_atomic
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, missing_package
 
 FORMATS = ("png", "svg")
 
@@ -34,7 +34,7 @@ def simulation_plot(rows: Mapping[str, Any], path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EquipoiseError("plots need matplotlib: pip install matplotlib; or use --json.") from error
+        raise missing_package("plots need", "matplotlib", instead="use --json") from error
     parts = rows["parts"]
     figure = Figure(figsize=(11, 3.6 * len(parts)), layout="constrained")
     axes = figure.subplots(len(parts), 2, squeeze=False)

@@ -22,6 +22,7 @@ from equipoise.dispatch.deal import DEALS, Deal, deal, own_parts
 from equipoise.dispatch.placement import Ints, LayerMap
 from equipoise.execution.expert_parallel.ranks import Pending, Ranks
 from equipoise.execution.expert_parallel.wire import GroupForm, Sender, Transfer, received_groups, start_transfers
+from equipoise.execution.selections import Selections
 from equipoise.execution.slot_group import Activation, SlotGroup
 from equipoise.execution.slots import ExpertSlots, canonical, compute
 
@@ -168,47 +169,31 @@ class RankSlots(ExpertSlots):
         """As `ExpertSlots.forward`; a shared batch is summed over ranks, in float32."""
         if not self.shared:
             return super().forward(hidden_TD, expert_TK, weight_TK, activate, after, partial)
-        tokens, k = expert_TK.shape
-        expert_S, weight_S = expert_TK.reshape(-1), weight_TK.reshape(-1)
-        token_S = torch.arange(tokens * k, device=expert_S.device) // k
-        if partial:
-            kept_S = ((expert_S >= 0) & (expert_S < self.num_experts)).nonzero().squeeze(1)
-            expert_S, weight_S, token_S = expert_S[kept_S], weight_S[kept_S], token_S[kept_S]
-        mine_N, y_ND = self._serve(hidden_TD, tokens, token_S, expert_S, weight_S, activate)
+        chosen = Selections.of(expert_TK, weight_TK, self.num_experts if partial else None)
+        mine_N, y_ND = self._serve(hidden_TD, chosen, activate)
         if after is not None:
             y_ND = after(y_ND)
-        out_TD = torch.zeros(tokens, y_ND.shape[1], dtype=torch.float32, device=y_ND.device)
-        out_TD.index_add_(0, token_S[mine_N], (y_ND * weight_S[mine_N, None]).float())
+        out_TD = torch.zeros(chosen.tokens, y_ND.shape[1], dtype=torch.float32, device=y_ND.device)
+        out_TD.index_add_(0, chosen.token_S[mine_N], (y_ND * chosen.weight_S[mine_N, None]).float())
         return self.ranks.add(out_TD, self._what("outputs")).to(hidden_TD.dtype)
 
-    def serve(
-        self, x_SD: Tensor, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor, activate: Activation
-    ) -> Tensor:
+    def serve(self, x_SD: Tensor, chosen: Selections, activate: Activation) -> Tensor:
         """As `ExpertSlots.serve`."""
         if not self.shared:
-            return super().serve(x_SD, tokens, token_S, expert_S, weight_S, activate)
+            return super().serve(x_SD, chosen, activate)
         rows_S = torch.arange(len(x_SD), device=x_SD.device)
-        mine_N, y_ND = self._serve(x_SD, tokens, token_S, expert_S, weight_S, activate, rows_S)
+        mine_N, y_ND = self._serve(x_SD, chosen, activate, rows_S)
         y_SD = torch.zeros(len(x_SD), y_ND.shape[1], dtype=y_ND.dtype, device=y_ND.device)
         return self.ranks.add(y_SD.index_copy_(0, mine_N, y_ND), self._what("outputs"))
 
-    def _serve(
-        self,
-        x: Tensor,
-        tokens: int,
-        token_S: Tensor,
-        expert_S: Tensor,
-        weight_S: Tensor,
-        activate: Activation,
-        row_S: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def _serve(self, x: Tensor, chosen: Selections, activate: Activation, row_S: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Which selections, and their outputs: all of this rank's, or of a shared batch those that are served here."""
         clock = [self.now(x)]
         x = x.to(self.input_dtype(x))
-        parcels = self._decide(tokens, token_S, expert_S, weight_S)
+        parcels = self._decide(chosen)
         copies = self._send_copies(parcels.transfers)
         clock.append(self.now(x))
-        row_N = (token_S if row_S is None else row_S)[parcels.order_S]
+        row_N = (chosen.token_S if row_S is None else row_S)[parcels.order_S]
         rows = x[row_N] if not self.shared else x
         if not self.shared:
             receive_H = parcels.receive_HI.sum(1).tolist()
@@ -245,13 +230,13 @@ class RankSlots(ExpertSlots):
         place_N = where_I.repeat(self.ranks.size).repeat_interleave(parcels.receive_HI.reshape(-1))
         return parcels.order_S, torch.argsort(place_N, stable=True), torch.bincount(place_N, minlength=len(places))
 
-    def _decide(self, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor) -> Parcels:
+    def _decide(self, chosen: Selections) -> Parcels:
         assert self.batches is not None, "slots need the tokens of the forward"
-        decode = self.batches(self.stack, tokens).decode
+        decode = self.batches(self.stack, chosen.tokens).decode
         rule = self.decode if decode else self.prefill
         if not self.prefill.counts and self.prefill == self.decode:
-            return self._by_slot(tokens, token_S, expert_S, weight_S, decode)
-        count_E = torch.bincount(expert_S, minlength=self.num_experts)
+            return self._by_slot(chosen, decode)
+        count_E = torch.bincount(chosen.expert_S, minlength=self.num_experts)
         if self.shared:
             count_HE = count_E[None].cpu().numpy()
         else:  # the ranks must agree on a phase: decode is when all of them decode
@@ -260,13 +245,13 @@ class RankSlots(ExpertSlots):
             decode = bool(count_HE[:, -1].all())
             count_HE, rule = count_HE[:, :-1], self.decode if decode else self.prefill
         if not rule.counts:
-            return self._by_slot(tokens, token_S, expert_S, weight_S, decode)
-        return self._by_deal(deal(rule.name, self.place, count_HE.sum(0), rule.options), count_HE, expert_S, decode)
+            return self._by_slot(chosen, decode)
+        return self._by_deal(deal(rule.name, self.place, count_HE.sum(0), rule.options), count_HE, chosen.expert_S, decode)
 
-    def _by_slot(self, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor, decode: bool) -> Parcels:
+    def _by_slot(self, chosen: Selections, decode: bool) -> Parcels:
         """By the plan's shares: which slot serves a selection depends on nothing that other ranks know."""
         self.dispatch = (self.decode if decode else self.prefill).name
-        slot_S = self._dispatch(tokens, token_S, expert_S, weight_S)
+        slot_S = self._dispatch(chosen)
         key_S = self._at_P.to(slot_S.device)[slot_S]
         widths = [len(slots) for slots in self._slots_H]
         count_P = torch.bincount(key_S, minlength=self.plan.num_slots)

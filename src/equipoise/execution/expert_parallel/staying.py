@@ -14,6 +14,7 @@ from torch import Tensor
 
 from equipoise.execution import dispatch
 from equipoise.execution.expert_parallel.slots import Call, RankSlots
+from equipoise.execution.selections import Selections
 from equipoise.execution.slot_group import Activation
 from equipoise.execution.slots import ExpertSlots, canonical
 
@@ -89,35 +90,26 @@ class StayingSlots(RankSlots):
             weight_TK = self.stay.weight_N[:, None].to(weight_TK.dtype)
         return super().forward(hidden_TD, expert_TK, weight_TK, activate, after, partial)
 
-    def _serve(
-        self,
-        x: Tensor,
-        tokens: int,
-        token_S: Tensor,
-        expert_S: Tensor,
-        weight_S: Tensor,
-        activate: Activation,
-        row_S: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def _serve(self, x: Tensor, chosen: Selections, activate: Activation, row_S: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.asked:
-            raise Chosen(self._nearest(tokens, token_S, expert_S), weight_S)
+            raise Chosen(self._nearest(chosen), chosen.weight_S)
         if self.stay is None:
-            return super()._serve(x, tokens, token_S, expert_S, weight_S, activate, row_S)
+            return super()._serve(x, chosen, activate, row_S)
         begun = self.now(x)
         # The router's choice of rows that came may differ in a tie from the one that brought them here: that one holds.
-        served = ExpertSlots._serve(self, x, tokens, token_S, expert_S, weight_S, activate, row_S)
+        served = ExpertSlots._serve(self, x, chosen, activate, row_S)
         self.stay.compute_s = self.now(x) - begun
         return served
 
-    def _dispatch(self, tokens: int, token_S: Tensor, expert_S: Tensor, weight_S: Tensor) -> Tensor:
+    def _dispatch(self, chosen: Selections) -> Tensor:
         if self.stay is None:
-            return super()._dispatch(tokens, token_S, expert_S, weight_S)
-        return self.stay.slot_N[token_S]
+            return super()._dispatch(chosen)
+        return self.stay.slot_N[chosen.token_S]
 
-    def _nearest(self, tokens: int, token_S: Tensor, expert_S: Tensor) -> Tensor:
+    def _nearest(self, chosen: Selections) -> Tensor:
         assert self.batches is not None, "slots need the tokens of the forward"
-        batch = self.batches(self.stack, tokens)
-        position_S, real_S = (each.to(expert_S.device)[token_S] for each in (batch.position_T, batch.real_T))
+        batch, expert_S = self.batches(self.stack, chosen.tokens), chosen.expert_S
+        position_S, real_S = (each.to(expert_S.device)[chosen.token_S] for each in (batch.position_T, batch.real_T))
         slot_S = dispatch.even(self.copies.to(expert_S.device), expert_S, position_S)
         slot_S = self._near_P.to(slot_S.device)[slot_S]
         for listener in self.listeners:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, missing_package
 
 if TYPE_CHECKING:
     from equipoise.execution.rebalance.rebalancer import Rebalancer, Report
@@ -33,7 +33,7 @@ class StreamMetrics:
         try:
             from prometheus_client import CollectorRegistry, Counter, Gauge
         except ImportError as error:
-            raise EquipoiseError("metrics need prometheus-client: pip install prometheus-client; or leave them out.") from error
+            raise missing_package("metrics need", "prometheus-client", instead="leave them out") from error
         self.registry = CollectorRegistry()
 
         def gauge(name: str, text: str, *labels: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, missing_package
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -45,7 +45,7 @@ def load_dense(gguf: Path) -> LlamaForCausalLM:
         from gguf import GGUFReader
         from gguf.quants import dequantize
     except ImportError as error:
-        raise EquipoiseError("the reference model and its texts need gguf and pyarrow: pip install gguf pyarrow.") from error
+        raise missing_package("the reference model and its texts need", "gguf", "pyarrow") from error
 
     reader = GGUFReader(gguf)
     config = _config(reader)

