@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import save_figure
 from numpy.typing import NDArray
 from quantization_page import write_between
 
@@ -359,9 +360,7 @@ def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
         line[0].set_ylabel("LIS of the step, over units", fontsize="x-small")
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize="x-small")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="x-small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_figure(figure, path, columns=3)
 
 
 def main() -> None:

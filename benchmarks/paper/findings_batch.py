@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from common import Cells, Subject, arguments, digest, machine, publish, quoted, subjects
+from figures import save_figure
 from numpy.typing import NDArray
 
 from equipoise.artifacts import Plan
@@ -301,10 +302,8 @@ def pages(found: Sequence[Mapping[str, Any]], told: argparse.Namespace) -> str:
 
 def draw(found: Sequence[Mapping[str, Any]], told: argparse.Namespace, path: Path) -> None:
     """LIS over experts by batch size: a panel for each model, a line for each reading."""
-    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "equipoise"
     names = list(dict.fromkeys(run["model"] for run in found))
     figure = Figure(figsize=(2.9 * len(names), 2.9), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -318,9 +317,7 @@ def draw(found: Sequence[Mapping[str, Any]], told: argparse.Namespace, path: Pat
         axis.set_xlabel("batch size", fontsize="x-small")
         axis.tick_params(labelsize="x-small")
     figure.axes[0].set_ylabel("LIS over experts", fontsize="x-small")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="x-small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_figure(figure, path, columns=4)
 
 
 def main() -> None:

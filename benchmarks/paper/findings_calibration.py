@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from common import Cells, Subject, arguments, digest, excerpts, machine, publish, subjects, texts
+from figures import save_figure
 from numpy.typing import NDArray
 
 from equipoise.artifacts import Profile
@@ -214,10 +215,8 @@ def pages(found: Sequence[Mapping[str, Any]], domains: Sequence[str], told: argp
 
 def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """LIS on held-out text by part of the text: a panel for each model, in and out of domain."""
-    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "equipoise"
     names = list(dict.fromkeys(row["model"] for row in found))
     figure = Figure(figsize=(2.9 * len(names), 2.9), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -245,9 +244,7 @@ def draw(found: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_xlabel("part of the text, %", fontsize="x-small")
         axis.tick_params(labelsize="x-small")
     figure.axes[0].set_ylabel("LIS on held-out text", fontsize="x-small")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="x-small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_figure(figure, path, columns=4)
 
 
 def main() -> None:

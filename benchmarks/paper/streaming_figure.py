@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import Cells, Subject, arguments, digest, machine, publish, subjects
+from figures import save_figure
 from numpy.typing import NDArray
 from streaming import OURS, PUBLISHED, SEGMENTS, domains, executed, figures, policy_for, recorded_at, streams
 from tables_tasks import available, requests_of, task_directory
@@ -157,9 +158,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         line[0].set_ylabel("LIS over units", fontsize="x-small")
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize="x-small")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="x-small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save_figure(figure, path, columns=3)
 
 
 def main() -> None:
