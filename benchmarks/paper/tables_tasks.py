@@ -241,8 +241,8 @@ def main() -> None:
     """Run, print, keep."""
     told = with_tasks(arguments(__doc__, "out/paper")).parse_args()
     rows = [(tested.name, task, cell) for tested, task, cell in found_tasks(told)]
-    Cells(told.out, "tasks").keep("table-2", [{"model": m, "task": t} | cell for m, t, cell in rows])
-    publish({"paper-table-2": page(rows)}, told.write)
+    Cells(told.out, "tasks").keep(f"table-2{told.mark}", [{"model": m, "task": t} | cell for m, t, cell in rows])
+    publish({f"paper-table-2{told.mark}": page(rows)}, told.write)
 
 
 if __name__ == "__main__":
