@@ -59,7 +59,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Qwen2MoeConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_experts=8,
         shared_expert_intermediate_size=32, num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=1, pad_token_id=2, bos_token_id=1,
+        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=1, pad_token_id=2, bos_token_id=1,
     )  # fmt: skip
     model = Qwen2MoeForCausalLM(config)
     with torch.no_grad():

@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": PAD,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 1024,
     "max_seq_len": 128,
     "sliding_window": 64,
     # width and depth

@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 1024,
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MixtralConfig, T5Config
 
 from equipoise.errors import TextError
 from equipoise.profiling.sequences import IGNORED, Framing, build_rows, fingerprint, make_batches
@@ -146,6 +147,16 @@ def test_a_one_token_text_is_enough_and_less_is_not(tokenizer, framing):
 def test_unusable_text_and_options_are_refused(tokenizer, framing, documents, options, message):
     with pytest.raises(TextError, match=message):
         build_rows(documents, tokenizer, framing, **{"tokens": 100, "seq_len": 16} | options)
+
+
+def test_rows_longer_than_the_model_was_made_for_are_refused(tokenizer):
+    config = MixtralConfig(max_position_embeddings=64)
+    framing = Framing.of(tokenizer, config)
+    assert build_rows(["a b c"], tokenizer, framing, tokens=100, seq_len=64).tokens > 0
+    with pytest.raises(TextError, match="seq_len is 65; the model was made for 64 positions"):
+        build_rows(["a b c"], tokenizer, framing, tokens=100, seq_len=65)
+    unlike = Framing.of(tokenizer, T5Config(decoder_start_token_id=0, max_position_embeddings=4))
+    assert build_rows(["a b c"], tokenizer, unlike, tokens=100, seq_len=65).tokens > 0, "its two stacks have their own"
 
 
 def test_packing_needs_a_separator_and_batches_a_row(tokenizer, framing):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Framing:
         decoder_start: first token of the decoder's part; None for decoder-only models.
         separator: token between documents in the packed layout; None when the tokenizer has none.
         padding: token that fills a row; masked, so that its choice changes nothing.
+        positions: longest row that a decoder-only model was made for; None where it names none.
     """
 
     prefix: tuple[int, ...] = ()
@@ -50,6 +51,7 @@ class Framing:
     decoder_start: int | None = None
     separator: int | None = None
     padding: int = 0
+    positions: int | None = field(default=None, repr=False, compare=False)  # says nothing of the rows themselves
 
     @property
     def overhead(self) -> int:
@@ -67,8 +69,10 @@ class Framing:
         full = list(tokenizer("a")["input_ids"])
         at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
         prefix, suffix = ((), ()) if at is None or not bare else (tuple(full[:at]), tuple(full[at + len(bare) :]))
-        start = None
-        if getattr(config, "is_encoder_decoder", False):
+        start = positions = None
+        if not getattr(config, "is_encoder_decoder", False):
+            positions = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
+        else:
             choices = (getattr(config, "decoder_start_token_id", None), tokenizer.bos_token_id, tokenizer.pad_token_id)
             start = next((int(token) for token in choices if token is not None), None)
             if start is None:
@@ -77,7 +81,7 @@ class Framing:
                 )
         end = tokenizer.eos_token_id
         padding = next((int(token) for token in (tokenizer.pad_token_id, end) if token is not None), 0)
-        return cls(prefix, suffix, start, None if end is None else int(end), padding)
+        return cls(prefix, suffix, start, None if end is None else int(end), padding, positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +203,8 @@ def _check_options(documents: Sequence[str], framing: Framing, scenario: str, to
         raise TextError("the tokenizer has no end-of-text token to pack documents with; use the layout 'documents'.")
     if seq_len < framing.overhead + 2:
         raise TextError(f"seq_len is {seq_len}; it must be at least {framing.overhead + 2}.")
+    if framing.positions is not None and seq_len > framing.positions:
+        raise TextError(f"seq_len is {seq_len}; the model was made for {framing.positions} positions, give at most that.")
     if tokens < framing.overhead + 1:
         raise TextError(f"the budget is {tokens} tokens per scenario; it must be at least {framing.overhead + 1}.")
 
