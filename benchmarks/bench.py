@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from ast import get_docstring, parse
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -146,8 +147,17 @@ def section(part: Part, found: Found) -> list[str]:
     ]
     if found.page:
         return [*lines, found.page.strip(), ""]
-    rows = [f"| {figure.name} | {shown(figure)} |" for figure in found.figures]
-    return [*lines, "| | |", "|---|---:|", *rows, ""]
+    return [*lines, *table(found.figures), ""]
+
+
+def table(figures: Sequence[Figure]) -> list[str]:
+    """A row for each name, a column for each column, in the order in which they come."""
+    columns = list(dict.fromkeys(figure.column for figure in figures))
+    cells = {(figure.name, figure.column): shown(figure) for figure in figures}
+    assert len(cells) == len(figures), "no two figures of a part have the same place"
+    head = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    names = dict.fromkeys(figure.name for figure in figures)
+    return head + [f"| {name} | {' | '.join(cells.get((name, column), '') for column in columns)} |" for name in names]
 
 
 def page(about: dict[str, object], found: dict[str, Found]) -> str:

@@ -19,6 +19,7 @@ class Figure:
         value: the middle.
         low, high: its spread, of the kind that the part names; equal to the value where there is one measurement.
         unit: "x" for ratios, "s" for seconds, "%" for changes, "" for others.
+        column: of the part's table, where it has several.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Figure:
     low: float
     high: float
     unit: str = "x"
+    column: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +98,20 @@ def planning(found: Any) -> list[Figure]:
 def execution(found: Any) -> list[Figure]:
     """Speed of one layer's experts over transformers' grouped_mm in the same dtype."""
     return [
-        Figure(f"{row['contender']}, {row['dtype']}, {row['tokens']} tokens", row["speed"], row["speed_low"], row["speed_high"])
+        Figure(
+            f"{row['contender']}, {row['dtype']}", row["speed"], row["speed_low"], row["speed_high"],
+            column=f"{row['tokens']} tokens",
+        )
         for row in found["figures"]
-    ]
+    ]  # fmt: skip
 
 
 def expert_parallel(found: Any) -> list[Figure]:
     """Time of a layer over ranks, over that of contiguous placement."""
     return [
         Figure(
-            f"{row['contender']} / contiguous, {row['ranks']} ranks, {row['case']}, {row['phase']}",
-            row["ratio"], row["ratio_q1"], row["ratio_q3"],
+            f"{row['contender']} / contiguous", row["ratio"], row["ratio_q1"], row["ratio_q3"],
+            column=f"{row['ranks']} ranks, {row['case']}, {row['phase']}",
         )
         for row in found["rows"]
         if row["contender"] != "contiguous"
@@ -131,10 +136,11 @@ def quantization(found: Any) -> list[Figure]:
             for variant, row in variants.items():
                 change = row["change"]
                 percent = [100 * change[key] for key in ("value", "low", "high")]
-                figures.append(Figure(f"{model}, {width}, {variant}: perplexity", *percent, "%"))
+                name = f"{model}, {width}, {variant}"
+                figures.append(Figure(name, *percent, "%", "perplexity"))
                 if variant != "rtn/none":
                     ratios = [kl / nearest for kl in row["kl_by_seed"]]
-                    figures.append(Figure(f"{model}, {width}, {variant}: KL / rtn's", *_over(ratios)))
+                    figures.append(Figure(name, *_over(ratios), column="KL / rtn's"))
     return figures
 
 
@@ -152,9 +158,9 @@ def balance(found: Any) -> list[Figure]:
         for contender in told["contenders"]:
             text = contender["texts"][-1]
             name = f"{model}, {contender['name']}"
-            figures.append(Figure(f"{name}: LIS / raw", *[text["lis"] / text["lis_base"]] * 3))
+            figures.append(Figure(name, *[text["lis"] / text["lis_base"]] * 3, column="LIS / raw"))
             change = [100 * text["perplexity_change"][key] for key in ("value", "low", "high")]
-            figures.append(Figure(f"{name}: perplexity", *change, "%"))
+            figures.append(Figure(name, *change, "%", "perplexity"))
     return figures
 
 
@@ -198,7 +204,9 @@ PARTS: tuple[Part, ...] = (
         ("--rows", "64", "--columns", "128", "--turns", "5"), 90, formats, QUARTILES,
     ),
     Part(
-        "expert-parallel", "One layer over ranks", ("expert_parallel.py", "--rounds", "5", "--out", "FILE", "--data", "DATA"),
+        "expert-parallel", "One layer over ranks", (
+            "expert_parallel.py", "--cases", "natural", "0.5:4", "--rounds", "15", "--out", "FILE", "--data", "DATA",
+        ),
         ("--rounds", "2", "--ranks", "2", "--prefill", "256", "--decode", "16", "--cases", "0:0", "0.8:4"),
         300, expert_parallel, QUARTILES, text="taken",
     ),
@@ -213,7 +221,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "quantization", "Rounding",
         (
-            "quantization.py", "--models", "mixtral-8", "--methods", "rtn", "gptq", "--widths", "int4", "int2", "--seeds", "2",
+            "quantization.py", "--models", "mixtral-8", "--methods", "rtn", "gptq", "--widths", "int4", "int2", "--seeds", "3",
             "--tokens", "4096", "--heldout-tokens", "512", "--out", "DIR", "--data", "DATA",
         ),
         ("--seeds", "1", "--tokens", "1024", "--widths", "int2"),

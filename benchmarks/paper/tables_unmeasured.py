@@ -1,5 +1,4 @@
-"""What the paper never measures: time over ranks, time of quantized experts, memory, cost of changing the plan. Read, not "
-"re-run.
+"""What the paper never measures: time over ranks and of quantized experts, memory, cost of changing the plan. From other pages.
 
     python benchmarks/paper/tables_unmeasured.py --write docs/paper.md
 

@@ -65,7 +65,7 @@ def test_figures_machine_and_versions_are_told(frame):
     found, status, page = frame({"one": WORKS})
     assert status == 0
     assert found["versions"]["numpy"] != "not installed"
-    assert found["parts"]["one"]["figures"] == [{"name": "ours / theirs", "value": 2, "low": 1.5, "high": 2.5, "unit": "x"}]
+    assert found["parts"]["one"]["figures"] == [{"name": "ours / theirs", "value": 2, "low": 1.5, "high": 2.5, "unit": "x", "column": ""}]
     assert "| ours / theirs | 2 (1.5..2.5) x |" in page
     assert "one.py` |" not in page, "scripts that are no programs are not listed"
 
@@ -140,3 +140,15 @@ def test_growth_is_read_at_its_largest_sizes(modules):
     point = {"axis": "layers", "contender": "rq", "least": 1.0, "greatest": 3.0}
     found = {"points": [point | {"size": 4, "seconds": 1.0}, point | {"size": 64, "seconds": 2.0}]}
     assert [figure.name for figure in modules[1].growth(found)] == ["layers 64: rq"]
+
+
+def test_figures_with_columns_make_one_row_for_each_name(modules):
+    bench, parts = modules
+    figures = [
+        parts.Figure("a", 2, 1, 3, column="1 token"),
+        parts.Figure("a", 4, 4, 4, column="2 tokens"),
+        parts.Figure("b", 5, 5, 5, "%", "2 tokens"),
+    ]
+    assert bench.table(figures) == [
+        "| | 1 token | 2 tokens |", "|---|---:|---:|", "| a | 2 (1..3) x | 4 x |", "| b |  | +5.00 % |",
+    ]  # fmt: skip
