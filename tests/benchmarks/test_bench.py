@@ -65,7 +65,8 @@ def test_figures_machine_and_versions_are_told(frame):
     found, status, page = frame({"one": WORKS})
     assert status == 0
     assert found["versions"]["numpy"] != "not installed"
-    assert found["parts"]["one"]["figures"] == [{"name": "ours / theirs", "value": 2, "low": 1.5, "high": 2.5, "unit": "x", "column": ""}]
+    figure = {"name": "ours / theirs", "value": 2, "low": 1.5, "high": 2.5, "unit": "x", "column": ""}
+    assert found["parts"]["one"]["figures"] == [figure]
     assert "| ours / theirs | 2 (1.5..2.5) x |" in page
     assert "one.py` |" not in page, "scripts that are no programs are not listed"
 
