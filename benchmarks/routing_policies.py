@@ -273,12 +273,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64, help="items of each of the reference model's tasks; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, default=None, help="Markdown file whose marked part is replaced")
+    parser.add_argument("--mark", default="routing", help="name of the marks, where models have a part of their own")
     told = parser.parse_args()
     found = {name: measure(name, told) for name in told.models}
     text = page.page(found, told, f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(text)
     if told.write:
-        write_between(told.write, "routing", text)
+        write_between(told.write, told.mark, text)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ CHEAPEST_HEAD = (
     "| model | LIS over units at most | policy alone | KL | rq alone | KL | policy + rq | KL |",
     "|---|---:|---|---:|---|---:|---|---:|",
 )
-TASK_HEAD = ("| model | policy | task | score of the base | difference |", "|---|---|---|---:|---|")
-
 Row = Mapping[str, Any]
 
 
@@ -80,9 +78,9 @@ def page(found: Mapping[str, Mapping[str, Any]], told: argparse.Namespace, machi
         for row in kept["across"]:
             cells = [f"{after:.3f} ({before:.3f})" for before, after in row["by_text"].values()]
             parts.append(f"| {row['fitted']} | {' | '.join(cells)} |")
-    tasks = [line for name, kept in found.items() for line in _tasks(name, kept)]
-    if tasks:
-        parts += ["", f"Accuracy on {told.limit} items of tasks, paired with the model's own:", "", *TASK_HEAD, *tasks]
+    for name, kept in found.items():
+        if tasks := _tasks(kept):
+            parts += ["", f"Accuracy of `{name}` on {told.limit} items of tasks, paired with the model's own:", "", *tasks]
     domains = ", ".join(next(iter(found.values()))["domains"])
     parts += [
         "",
@@ -172,10 +170,17 @@ def answer(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _tasks(name: str, kept: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for row in [*kept["alone"], *kept["with_rq"]]:
-        for task, (base, value, low, high) in row["tasks"].items():
-            told = f"{100 * value:+.1f} points ({100 * low:+.1f}..{100 * high:+.1f})"
-            lines.append(f"| `{name}` | {row['name']} | {task} | {100 * base:.1f} % | {told} |")
+def _tasks(kept: Mapping[str, Any]) -> list[str]:
+    """A row for each policy, a column for each task; the model's own score in the first row."""
+    rows = [row for row in [*kept["alone"], *kept["with_rq"]] if row["tasks"]]
+    if not rows:
+        return []
+    tasks = list(rows[0]["tasks"])
+    own = [f"{100 * rows[0]['tasks'][task][0]:.1f} %" for task in tasks]
+    lines = [f"| policy | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]
+    lines.append(f"| native | {' | '.join(own)} |")
+    for row in rows:
+        changes = [row["tasks"][task][1:] for task in tasks]
+        told = [f"{100 * value:+.1f} points ({100 * low:+.1f}..{100 * high:+.1f})" for value, low, high in changes]
+        lines.append(f"| {row['name']} | {' | '.join(told)} |")
     return lines
