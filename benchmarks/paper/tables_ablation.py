@@ -194,7 +194,7 @@ def says(found: Mapping[str, Mapping[str, Sequence[Cell]]]) -> list[str]:
         f"quantized expert is {lower}. The copy shares that expert's unit, so what it has to do itself counts; the "
         "paper's score does not see it.",
         f"- **Quality**: of the {len(changes)} plans of the second table {tellable} have an interval of the change of "
-        f"perplexity that leaves zero out, where chance alone gives about {0.05 * len(changes):.0f}; the largest change is "
+        f"perplexity that leaves zero out, where chance alone gives about {0.05 * len(changes):.2g}; the largest change is "
         f"{largest:.2f} %. With the heaviest copied, KL under Wanda's choice is {ratio:.2f} times that under the least "
         "frequent expert (geometric mean of models).",
     ]

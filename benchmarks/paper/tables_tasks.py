@@ -209,7 +209,7 @@ def says(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
         f"over units; `rq` {ratios(ours, 'lis')} over units. The paper's own: {printed_ratios()}, computed from quoted "
         "figures.",
         f"- **Accuracy**: the interval leaves zero out in {outside} of {2 * len(rows)} differences, where chance alone gives "
-        f"about {expected:.0f}: `rq-paper` {beyond(paper)}, `rq` {beyond(ours)}. The raw score is explained by guessing, or "
+        f"about {expected:.2g}: `rq-paper` {beyond(paper)}, `rq` {beyond(ours)}. The raw score is explained by guessing, or "
         f"is 0, in {guessed} of {len(rows)} cells; there a difference says nothing, and nor do the paper's +2.2 and +2.0 "
         "points for Switch on MMLU (quoted), from 23 % among four choices.",
         f"- LIS is over {f'{units.pop()} units' if len(units) == 1 else 'as many units as routed experts'}, `lis_paper` "
