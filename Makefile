@@ -5,7 +5,7 @@
 # make bench   the benchmarks behind the claims, side by side with their baselines, within 30 minutes; DATA=... gives them text
 # make docs    the documentation site, in its own environment
 # make graph-mowst   the graph example's comparison, in its own environment
-# make peers   environments with llm-compressor and GPTQModel, for benchmarks/quantization_peers.py
+# make peers   environments with llm-compressor, GPTQModel, torchao and HQQ, for benchmarks/quantization_peers.py
 # Each target makes its own environment in .venv from constraints.txt; PYTHON=... picks the interpreter, WORKERS=2 tests on two cores.
 
 PYTHON ?= python3
@@ -46,10 +46,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 PEERS := .venv-peers
-peers: $(PEERS)/llmcompressor/.installed $(PEERS)/gptqmodel/.installed
+peers: $(foreach tool,llmcompressor gptqmodel torchao hqq,$(PEERS)/$(tool)/.installed)
+# DISABLE_CUDA: HQQ builds no kernels.
 $(PEERS)/%/.installed: benchmarks/peers/%.txt
 	$(PYTHON) -m venv $(PEERS)/$*
-	$(PEERS)/$*/bin/python -m pip install --quiet -r $<
+	DISABLE_CUDA=1 $(PEERS)/$*/bin/python -m pip install --quiet -r $<
 	touch $@
 
 bench: $(VENV)/.installed

@@ -9,7 +9,13 @@ from typing import Any
 
 from quantization_page import Pooled, percent
 
-NAMES = {"equipoise": "Equipoise", "llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel"}
+NAMES = {
+    "equipoise": "Equipoise",
+    "llmcompressor": "llm-compressor",
+    "gptqmodel": "GPTQModel",
+    "torchao": "torchao",
+    "hqq": "HQQ",
+}
 SAME = 0.05
 """Relative distance of logits up to which a fresh process counts as having loaded the weights; see `quantization_peers`."""
 
@@ -48,13 +54,16 @@ class Entry:
         told = next((read["error"] for read in reads if "error" in read), None)
         if told is not None:
             return f"**fails**: {told[:80]}"
+        if any("matrices" in read for read in reads):
+            return "no checkpoint: rounded matrix by matrix"
         missing, unexpected = (max(read.get(name, 0) for read in reads) for name in ("missing", "unexpected"))
         known = [distance for distance in self.distances if distance is not None]
         if missing or unexpected or any(distance > SAME for distance in known):
             return f"**no**: {missing} tensors missing, {unexpected} unexpected" + (
                 f", logits {max(known):.1f} away" if known else ""
             )
-        return f"yes, logits {max(known):.3f} away" if known else "yes"
+        only = next((f" with `{read['only']}` alone" for read in reads if "only" in read), "")
+        return f"yes{only}, logits {max(known):.3f} away" if known else f"yes{only}"
 
 
 def page(entries: Sequence[Entry], tokens: int, seeds: int) -> str:

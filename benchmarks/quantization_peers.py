@@ -1,18 +1,19 @@
-"""Equipoise beside llm-compressor and GPTQModel: quality, bytes, time and memory of quantized experts on the same terms.
+"""Equipoise beside llm-compressor, GPTQModel, torchao and HQQ: quality, bytes, time and memory of quantized experts.
 
     python benchmarks/quantization_peers.py --data DIRECTORY --write docs/results.md
 
 Every tool runs in a process of its own, in its own environment, on one thread, one after the other: the same checkpoint in
-bf16, the same rows of calibration tokens, the same bits and groups, symmetric, experts alone (attention, routers,
-embeddings and head stay as they are). A second, fresh process loads what was saved, as the tool's users would, and tells its
-logits on a probe. All weights are then judged by one evaluator: dequantized from the saved file by the tool's own code and
-put into the stock model, which is compared with the original in fp32 on held-out text. A checkpoint counts as reloaded when
-the fresh process predicts what the stock model with those weights predicts. Finished jobs are kept in `--out`.
+bf16, the same rows of calibration tokens, the same bits and groups, experts alone (attention, routers, embeddings and head
+stay as they are), symmetric but for HQQ and our "-asym", which have zero points. A second, fresh process loads what was saved,
+as the tool's users would, and tells its logits on a probe. All weights are then judged by one evaluator: dequantized from the
+saved file by the tool's own code and put into the stock model, which is compared with the original in fp32 on held-out text. A
+checkpoint counts as reloaded when the fresh process predicts what the stock model with those weights predicts. Where a tool
+cannot quantize a stock model's experts, its driver has it round them matrix by matrix: there is then no checkpoint, and the
+page says so. Finished jobs are kept in `--out`.
 
-Environments, once (where one is missing, its tool is left out and the page says so):
+Environments, once (where one is missing, its tool is left out and the page says so), for each NAME.txt in `benchmarks/peers`:
 
-    python -m venv .venv-peers/llmcompressor && .venv-peers/llmcompressor/bin/pip install -r benchmarks/peers/llmcompressor.txt
-    python -m venv .venv-peers/gptqmodel && .venv-peers/gptqmodel/bin/pip install -r benchmarks/peers/gptqmodel.txt
+    python -m venv .venv-peers/NAME && .venv-peers/NAME/bin/pip install -r benchmarks/peers/NAME.txt
 """
 
 from __future__ import annotations
@@ -48,12 +49,19 @@ DRIVERS = Path(__file__).parent / "peers"
 WIDTHS: dict[str, tuple[int, int | None]] = {"int8": (8, None), "int4-g32": (4, 32), "int3-g32": (3, 32)}
 CONTENDERS = (
     ("equipoise", "rtn"),
+    ("equipoise", "rtn-clip"),
+    ("equipoise", "rtn-clip-asym"),
     ("equipoise", "gptq"),
     ("equipoise", "agq"),
     ("llmcompressor", "rtn"),
     ("llmcompressor", "gptq"),
     ("gptqmodel", "gptq"),
+    ("torchao", "rtn"),
+    ("torchao", "hqq"),
+    ("hqq", "hqq"),
 )
+CALIBRATED = {"gptq", "agq"}
+"""Methods that read text; the others make the same of every seed."""
 LARGE = "large"
 """A random model, for time and memory alone, at one width and seed: its weights mean nothing, nor would its quality."""
 LARGE_WIDTH = "int4-g32"
@@ -281,7 +289,7 @@ def entries(model: str, told: argparse.Namespace, planned: Any, judged: Any) -> 
             Job(model, width, tool, method, seed)
             for seed in seeds
             for tool, method in CONTENDERS
-            if seed == 0 or method != "rtn"  # which no text changes
+            if seed == 0 or method in CALIBRATED
         ]
         results = {job: work(job, told) for job in jobs}
         readable = [job for job in jobs if (job.place(told) / "floats").is_file()]

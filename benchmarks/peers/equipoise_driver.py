@@ -13,7 +13,10 @@ from safetensors.torch import save_file
 
 
 def quantize(job: Job) -> dict[str, Any]:
-    """Round all experts to one precision, calibrated on the job's rows where the method needs text."""
+    """Round all experts to one precision, calibrated on the job's rows where the method needs text.
+
+    A method that ends in "-asym" is the one without, with a zero point for each scale.
+    """
     from equipoise.execution.apply import apply_plan
     from equipoise.execution.checkpoint import save_balanced
     from equipoise.models.layers import model_facts
@@ -24,15 +27,16 @@ def quantize(job: Job) -> dict[str, Any]:
 
     clock = Clock()
     model = clock.measure("load", lambda: load_model(job["model"]))
+    method = job["method"].removesuffix("-asym")
     text: dict[str, Any] = {}
-    if METHODS.get(job["method"]).needs_hessian:
+    if METHODS.get(method).needs_hessian:
         ids = np.array(rows(job), np.int64)
         text["batches"] = [
             Batch("calibration", part, np.ones_like(part), part) for part in np.split(ids, range(4, len(ids), 4))
         ]
-    name = f"int{job['bits']}" + (f"-g{job['group']}" if job["group"] else "")
+    name = f"int{job['bits']}" + (f"-g{job['group']}" if job["group"] else "") + job["method"].removeprefix(method)
     plan = uniform_plan(model_facts(model, job["model"]), name)
-    clock.measure("quantize", lambda: apply_plan(model, plan, method=job["method"], int8_activations=False, **text))
+    clock.measure("quantize", lambda: apply_plan(model, plan, method=method, int8_activations=False, **text))
     clock.measure("save", lambda: save_balanced(model, None, job["out"]))
     return clock.told
 

@@ -10,13 +10,14 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 Job = Mapping[str, Any]
 Actions = Mapping[str, Callable[[Job], dict[str, Any]]]
@@ -48,7 +49,16 @@ def rows(job: Job, name: str = "calibration") -> list[list[int]]:
         return [ids.tolist() for ids in np.split(kept["ids"], np.cumsum(kept["lengths"])[:-1])]
 
 
-def logits_of(model: Any, job: Job) -> torch.Tensor:
+def experts(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """All expert matrices [out, in] of a stock model, which keeps those of a layer in two parameters [E, out, in]."""
+    for layer, block in enumerate(model.model.layers):
+        fused = block.mlp.experts
+        for expert, (gate_up, down) in enumerate(zip(fused.gate_up_proj, fused.down_proj, strict=True)):
+            for part, matrix in zip(("gate", "up", "down"), (*gate_up.chunk(2), down), strict=True):
+                yield f"{layer}.{expert}.{part}", matrix.detach()
+
+
+def logits_of(model: Any, job: Job) -> Tensor:
     """[rows, positions, V] float32 logits of the probe, which all drivers and the benchmark compute alike."""
     with torch.no_grad():
         return torch.stack([model(torch.tensor([ids])).logits[0].float() for ids in rows(job, "probe")])

@@ -135,15 +135,25 @@ def check(command: Command) -> None:
         pytest.fail(f"{command.where}: not a command that this test runs; mark its block <!-- not run: REASON -->")
 
 
+def with_neighbours(script: Path, seen: set[Path]) -> str:
+    """The text of a script and of files beside it that it imports or runs, which may be where its options are."""
+    if script in seen or not script.is_file():
+        return ""
+    seen.add(script)
+    source = script.read_text()
+    names = re.findall(r"^(?:from|import) (\w+)|(\w+)\.py\b", source, re.MULTILINE)
+    return source + "".join(with_neighbours(script.with_name(f"{a or b}.py"), seen) for a, b in names)
+
+
 def check_script(where: str, words: list[str]) -> None:
     """A benchmark is there and knows the options that are given."""
     script = ROOT / words[0]
     assert script.is_file(), f"{where}: {words[0]} is not there"
-    source = script.read_text()
+    source = with_neighbours(script, set())
     for word in words[1:]:
         option = word.split("=")[0]
         if option.startswith("--"):
-            assert option[2:] in source, f"{where}: {words[0]} has no option {option}"
+            assert f'"{option}"' in source or f'"{option[2:]}"' in source, f"{where}: {words[0]} has no option {option}"
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
