@@ -151,6 +151,11 @@ def formats(found: Any) -> list[Figure]:
     ]
 
 
+def peers(found: Any) -> list[Figure]:
+    """The script's own page has them."""
+    return []
+
+
 def balance(found: Any) -> list[Figure]:
     """LIS without and with each plan, and the change of perplexity."""
     figures = []
@@ -226,6 +231,14 @@ PARTS: tuple[Part, ...] = (
         ),
         ("--seeds", "1", "--tokens", "1024", "--widths", "int2"),
         300, quantization, RANGE, 2, "quantization.json", "taken",
+    ),
+    Part(
+        "peers", "Rounding beside other tools, those whose environments `make peers` has made",
+        (
+            "quantization_peers.py", "--models", "mixtral-8", "--widths", "int4-g32", "int3-g32", "--seeds", "1",
+            "--out", "DIR", "--data", "DATA",
+        ),
+        ("--widths", "int4-g32", "--tokens", "2048", "--heldout-tokens", "512"), 600, peers, RANGE, 1, "peers.json", "taken",
     ),
     Part(
         "balance", "The main job, end to end",

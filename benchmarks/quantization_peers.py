@@ -283,7 +283,7 @@ def entries(model: str, told: argparse.Namespace, planned: Any, judged: Any) -> 
         if seed == 0:
             save_rows(inputs / "probe.npz", [rows[0][:PROBE], rows[-1][:PROBE]])
     made = []
-    for width in [LARGE_WIDTH] if model == LARGE else WIDTHS:
+    for width in [LARGE_WIDTH] if model == LARGE else told.widths:
         # Seeds outermost: what is compared in time runs close together.
         jobs = [
             Job(model, width, tool, method, seed)
@@ -316,6 +316,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/quantization-peers"))
     parser.add_argument("--environments", type=Path, default=Path(".venv-peers"))
     parser.add_argument("--models", nargs="*", default=["mixtral-8", "qwen3-32", LARGE])
+    parser.add_argument("--widths", nargs="*", choices=list(WIDTHS), default=list(WIDTHS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
     parser.add_argument("--heldout-tokens", type=int, default=1536, help="of each domain that is judged")
@@ -327,6 +328,7 @@ def main() -> None:
     page = peers_page.page(found, told.tokens, told.seeds)
     print(page)
     write_atomic(told.out / "peers.md", page + "\n")
+    write_atomic(told.out / "peers.json", json.dumps({"page": page}) + "\n")
     if told.write:
         write_between(told.write, "quantization-peers", page)
 
