@@ -47,13 +47,13 @@ RANDOM = "random"
 MIRRORED = {"wanda, inverted": "wanda, as published"}
 """A score whose least are the most of another: not run twice."""
 ENDS, WAYS = ("least", "most"), ("zero", "masked")
-ROW, BATCH = 256, 11
+BATCH = 11
 FORMATS = ("int8", "int4-g32")
 
 
 def measured(subject: Subject, planned: Texts, judged: Texts, told: argparse.Namespace, cells: Cells) -> dict[str, Any]:
     """Scores of every expert on calibration text, larger for more important ones, and its removal on held-out text."""
-    common: dict[str, Any] = {"tokens": 1 << 30, "seq_len": ROW, "batch_size": BATCH, "seed": told.seed, "progress": False}
+    common: dict[str, Any] = {"tokens": 1 << 30, "seq_len": told.row, "batch_size": BATCH, "seed": told.seed, "progress": False}
     seen = profile(
         subject.model, subject.tokenizer, {"all": excerpts(planned, told.rows, told.seed)}, precisions=FORMATS, **common,
         importance=("frequency", "wanda", "gate_norm", "easy_ep", "output_error"),
@@ -62,7 +62,7 @@ def measured(subject: Subject, planned: Texts, judged: Texts, told: argparse.Nam
     removal = {}
     for name, documents in (("calibration", planned), ("held out", judged)):
         chosen_text = excerpts(documents, told.removal_rows, told.seed)
-        state = cells.place / f"{subject.name}-{subject.identity}-{digest(chosen_text)}.state"
+        state = cells.place / f"{subject.name}-{subject.identity}-{digest(chosen_text)}-{told.row}.state"
         state.parent.mkdir(parents=True, exist_ok=True)
         made = profile(
             subject.model, subject.tokenizer, {"all": chosen_text}, **common, importance=("leave_one_out",),
@@ -179,6 +179,7 @@ def of_model(subject: Subject, planned: Texts, judged: Texts, told: argparse.Nam
     """Scores, correlations and removals of one model."""
     key = {
         "rows": told.rows, "removal": told.removal_rows, "sensitivity": told.sensitivity_tokens, "seed": told.seed,
+        "row": told.row,
         "text": digest({"planned": excerpts(planned, told.rows, told.seed), "judged": excerpts(judged, told.rows, told.seed)}),
     }  # fmt: skip
     found = cells.get(subject, {"what": "scores", **key}, partial(measured, subject, planned, judged, told, cells))
@@ -191,7 +192,7 @@ def of_model(subject: Subject, planned: Texts, judged: Texts, told: argparse.Nam
         if not batches:
             text = {"all": excerpts(judged, told.judged_rows, told.seed)}
             batches.extend(
-                text_batches(text, subject.tokenizer, subject.framing, tokens=1 << 30, seq_len=ROW, batch_size=BATCH)
+                text_batches(text, subject.tokenizer, subject.framing, tokens=1 << 30, seq_len=told.row, batch_size=BATCH)
             )
         return batches
 
@@ -288,7 +289,7 @@ def pages(found: Sequence[Mapping[str, Any]], told: argparse.Namespace) -> str:
     lines.append(
         "Empty where routers choose among groups of experts, which must keep as many each. "
         f"Intervals: 95 %, paired over rows of held-out text; of `{RANDOM}`, mean and range of {told.draws} draws. "
-        f"Text: of each domain {told.rows} rows of at most {ROW} tokens to score experts on, {told.removal_rows} for "
+        f"Text: of each domain {told.rows} rows of at most {told.row} tokens to score experts on, {told.removal_rows} for "
         f"leave-one-out, {told.judged_rows} held-out ones to judge removals on; {told.dtype}; seed {told.seed}; {machine()}."
     )
     return "\n".join(lines)
@@ -299,6 +300,7 @@ def main() -> None:
     parser = arguments(__doc__, "out/paper")
     parser.set_defaults(dtype="fp32")
     parser.add_argument("--rows", type=int, default=8, help="of each domain, to score experts on")
+    parser.add_argument("--row", type=int, default=256, help="tokens of a row at most")
     parser.add_argument("--sensitivity-tokens", type=int, default=2816, help="of all domains, for gradients")
     parser.add_argument("--removal-rows", type=int, default=1, help="of each domain, for leave-one-out")
     parser.add_argument("--judged-rows", type=int, default=2, help="held out, of each domain, for removals")

@@ -16,6 +16,7 @@ from equipoise.models.layers import MoELayer, expert_matrices, expert_vectors
 from equipoise.models.streamed import streamed_of
 from equipoise.profiling.forward import negative_log_likelihood
 from equipoise.profiling.importance.base import IMPORTANCE, Context, Estimator, Ints, Measured, Observation
+from equipoise.profiling.importance.from_block import Start
 from equipoise.profiling.importance.sampling import spread_budget
 
 
@@ -29,7 +30,7 @@ class LeaveOneOut(Estimator):
 
     One expert is removed at a time: its contribution is zero for the tokens that chose it, while its layer's selections
     and the other experts' gate weights stay as they are. Passes in which an expert served nothing are not run again,
-    since their loss cannot change.
+    since their loss cannot change, and the others begin at the expert's block where the model bears it (see `from_block`).
 
     Args:
         tokens: budget of tokens to score on, taken from all scenarios in turn; at least one batch of each.
@@ -65,11 +66,14 @@ class LeaveOneOut(Estimator):
             raise EquipoiseError("leave_one_out: the text has no second token to predict; give more text.")
         increase_LE = self.results["increase"]
         todo = self.context.team.mine([(layer, expert) for layer in layers for expert in range(layer.num_experts)])
+        start: Start | None = None
         for done, (layer, expert) in enumerate(todo, start=1):
             if np.isnan(increase_LE[layer.index, expert]):
+                if start is None or start.layer is not layer:
+                    start = Start.at(layer, batches, lambda batch: negative_log_likelihood(model, batch)[0], base_N, start)
                 used = np.flatnonzero(self.sums["served"][:, layer.index, expert])
                 with removed(layer, expert):
-                    change = sum(negative_log_likelihood(model, batches[n])[0] - base_N[n] for n in used)
+                    change = sum(start.loss(int(n)) - base_N[n] for n in used)
                 increase_LE[layer.index, expert] = change / labels_N.sum()
                 checkpoint()
             advance(done, len(todo))
