@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Cells, Subject, arguments, digest, excerpts, machine, publish, subjects, texts
+from common import CHARACTERS, Cells, Subject, arguments, digest, excerpts, machine, publish, subjects, texts
 from numpy.typing import NDArray
 from quantization_page import percent
 from scipy.stats import spearmanr
@@ -289,7 +289,8 @@ def pages(found: Sequence[Mapping[str, Any]], told: argparse.Namespace) -> str:
     lines.append(
         "Empty where routers choose among groups of experts, which must keep as many each. "
         f"Intervals: 95 %, paired over rows of held-out text; of `{RANDOM}`, mean and range of {told.draws} draws. "
-        f"Text: of each domain {told.rows} rows of at most {told.row} tokens to score experts on, {told.removal_rows} for "
+        f"Text: of each domain {told.rows} excerpts of {CHARACTERS:,} characters, in rows of at most {told.row} tokens, to score "
+        f"experts on, {told.removal_rows} for "
         f"leave-one-out, {told.judged_rows} held-out ones to judge removals on; {told.dtype}; seed {told.seed}; {machine()}."
     )
     return "\n".join(lines)
@@ -299,10 +300,10 @@ def main() -> None:
     """Run, print, keep."""
     parser = arguments(__doc__, "out/paper")
     parser.set_defaults(dtype="fp32")
-    parser.add_argument("--rows", type=int, default=8, help="of each domain, to score experts on")
+    parser.add_argument("--rows", type=int, default=8, help="excerpts of each domain, to score experts on")
     parser.add_argument("--row", type=int, default=256, help="tokens of a row at most")
     parser.add_argument("--sensitivity-tokens", type=int, default=2816, help="of all domains, for gradients")
-    parser.add_argument("--removal-rows", type=int, default=1, help="of each domain, for leave-one-out")
+    parser.add_argument("--removal-rows", type=int, default=1, help="excerpts of each domain, for leave-one-out")
     parser.add_argument("--judged-rows", type=int, default=2, help="held out, of each domain, for removals")
     parser.add_argument("--draws", type=int, default=3, help="of random experts")
     parser.add_argument("--all-cases", action="store_true", help="one and a quarter of the experts, each in both ways")
