@@ -289,9 +289,9 @@ def pages(found: Sequence[Mapping[str, Any]], told: argparse.Namespace) -> str:
     lines.append(
         "Empty where routers choose among groups of experts, which must keep as many each. "
         f"Intervals: 95 %, paired over rows of held-out text; of `{RANDOM}`, mean and range of {told.draws} draws. "
-        f"Text: of each domain {told.rows} excerpts of {CHARACTERS:,} characters, in rows of at most {told.row} tokens, to score "
-        f"experts on, {told.removal_rows} for "
-        f"leave-one-out, {told.judged_rows} held-out ones to judge removals on; {told.dtype}; seed {told.seed}; {machine()}."
+        f"Text: of each domain {told.rows} excerpts of {CHARACTERS:,} characters, in rows of at most {told.row} tokens, to "
+        f"score experts on, {told.removal_rows} for leave-one-out, {told.judged_rows} held-out ones to judge removals on; "
+        f"{told.dtype}; seed {told.seed}; {machine()}."
     )
     return "\n".join(lines)
 
