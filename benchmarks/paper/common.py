@@ -37,7 +37,10 @@ from equipoise.models.reference import reference_model_dir
 from equipoise.profiling.loading import load_model, load_tokenizer
 from equipoise.profiling.sequences import Framing
 
-__all__ = ["SHELF", "Cells", "Subject", "arguments", "digest", "excerpts", "machine", "publish", "quoted", "subjects", "texts"]
+__all__ = [
+    "CHARACTERS", "SHELF", "Cells", "Subject", "arguments", "digest", "excerpts", "machine", "publish", "quoted", "subjects",
+    "texts",
+]  # fmt: skip
 
 SHELF = ("mixtral-8", "qwen3-32", "deepseek-64", "switch-8", "switch-16")
 REFERENCE = "reference"
