@@ -46,6 +46,12 @@ def lab_data(tmp_path_factory):
     return place
 
 
+def _toml(value):
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 @pytest.fixture(scope="session")
 def make_recipe(lab_data):
     def make(model_type="qwen3_moe", **training):
@@ -58,9 +64,7 @@ def make_recipe(lab_data):
             "watch_rows": 2,
             "checkpoint_every": 5,
         }
-        lines = [
-            f"{key} = {str(value).lower() if isinstance(value, bool) else value!r}" for key, value in (told | training).items()
-        ]
+        lines = [f"{key} = {_toml(value)}" for key, value in (told | training).items()]
         text = (
             f'name = "tiny"\n[model]\nmodel_type = "{model_type}"\n{MODELS[model_type]}\n[training]\n' + "\n".join(lines) + "\n"
         )

@@ -106,6 +106,43 @@ def test_the_learning_rate_warms_up_and_falls_to_its_fraction(make_recipe):
     assert 0.1 < rates[-1] < 0.102
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_named_tensors_have_a_rate_of_their_own_and_need_not_decay(relative, make_recipe, lab_data, tmp_path, monkeypatch):
+    seen = {}
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, groups, **options):
+            for group in groups:
+                for weight in group["params"]:
+                    seen[tuple(weight.shape), weight.data_ptr()] = group["scale"], group["weight_decay"]
+            super().__init__(groups, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    recipe = make_recipe(
+        "switch_transformers",
+        steps=1,
+        relative=relative,
+        weight_decay=0.5,
+        rates={"shared": 7.0},
+        undecayed=["shared", "router"],
+    )
+    train(recipe, lab_data, tmp_path / "run", progress=False)
+    told = {}
+    for (shape, _), rate_and_decay in seen.items():
+        told.setdefault(shape, set()).add(rate_and_decay)
+    (embeddings,) = [shape for shape in told if shape[0] > 64]
+    assert told.pop(embeddings) == {(7.0, 0.0)}
+    assert {decay for _, decay in told.pop((4, 32))} == {0.0}  # the routers
+    assert {decay for shape, found in told.items() if len(shape) == 2 for _, decay in found} == {0.5}
+    assert 7.0 not in {scale for found in told.values() for scale, _ in found}
+
+
+@pytest.mark.parametrize("wrong", [{"rates": {"embedings": 2.0}}, {"undecayed": ["embedings"]}])
+def test_a_name_that_no_tensor_has_is_refused(wrong, make_recipe, lab_data, tmp_path):
+    with pytest.raises(RecipeError, match="'embedings', and no tensor"):
+        train(make_recipe(**wrong), lab_data, tmp_path / "run", progress=False)
+
+
 class Shift(Extension):
     """Adds the size of the first weight to the loss, and counts steps; its state must survive a stop."""
 

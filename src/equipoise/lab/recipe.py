@@ -63,6 +63,9 @@ class Training(_Section):
         learning_rate: its peak, after `warmup` steps; a cosine then lowers it to `final_fraction` of the peak.
         relative: learning rates are relative: each tensor's is times the root mean square of its initial values. T5 and Switch
             initialise tensors on scales a factor of 60 apart, on which no single rate works (Adafactor, arXiv:1804.04235, 8).
+        rates: part of a tensor's name -> what the learning rate is times for it, in place of 1 or its `relative` scale.
+            Few steps move the row of a rare token, so embeddings want more than matrices (as in muP, arXiv:2203.03466).
+        undecayed: parts of the names of matrices that do not decay either; decay at a high rate would wipe out rare rows.
         weight_decay, beta1, beta2: of AdamW; matrices alone decay.
         clip: largest norm of the gradient.
         precision: of the products: "fp32", "bf16" (weights and moments stay fp32), or "auto": bf16 on a GPU, fp32 on a CPU.
@@ -78,6 +81,8 @@ class Training(_Section):
     seq_len: int = Field(default=512, ge=8)
     learning_rate: float = Field(default=3e-3, gt=0)
     relative: bool = False
+    rates: dict[str, float] = Field(default_factory=dict)
+    undecayed: tuple[str, ...] = ()
     warmup: int = Field(default=100, ge=0)
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -130,6 +135,9 @@ class Recipe(_Section):
         told = self.model_dump(mode="json", exclude={"name", "mix_file", "dense"})
         for name in ("watch_every", "watch_rows", "checkpoint_every"):
             told["training"].pop(name)
+        for name in ("rates", "undecayed"):  # decide nothing when empty, and older fingerprints have none
+            if not told["training"][name]:
+                told["training"].pop(name)
         for domain in told["mix"]["domains"].values():
             domain.pop("source"), domain.pop("licence"), domain.pop("heldout")
         told["mix"].pop("tokenizer")

@@ -70,15 +70,18 @@ def _reproducible(device: str, threads: int) -> Iterator[None]:
     """The same bits each time, as far as torch can; its settings are put back afterwards."""
     own_threads = torch.get_num_threads()
     own_rule = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    own_fill = torch.utils.deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products are not reproducible
     if device == "cpu":
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against faulty operators, at a twentieth of the time
     try:
         yield
     finally:
         torch.set_num_threads(own_threads)
         torch.use_deterministic_algorithms(own_rule[0], warn_only=own_rule[1])
+        torch.utils.deterministic.fill_uninitialized_memory = own_fill
 
 
 def _train(
@@ -149,16 +152,21 @@ def learning_rate(recipe: Recipe, number: int) -> float:
 def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW; matrices alone decay. A group's `scale` is what the schedule's learning rate is times for it."""
     setting = recipe.training
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]]
-    if setting.relative:
-        groups = [{"params": [weight], "scale": max(float(weight.detach().square().mean().sqrt()), 1e-3)} for weight in weights]
-    else:
-        parts = ([w for w in weights if w.ndim >= 2], [w for w in weights if w.ndim < 2])
-        groups = [{"params": part, "scale": 1.0} for part in parts if part]
-    for group in groups:
-        group["weight_decay"] = setting.weight_decay if group["params"][0].ndim >= 2 else 0.0
-    return torch.optim.AdamW(groups, lr=setting.learning_rate, betas=(setting.beta1, setting.beta2), fused=True)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    unused = {*setting.rates, *setting.undecayed}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        unused -= {part for part in unused if part in name}
+        scale = next((rate for part, rate in setting.rates.items() if part in name), None)
+        if scale is None:
+            scale = max(float(weight.detach().square().mean().sqrt()), 1e-3) if setting.relative else 1.0
+        decays = weight.ndim >= 2 and not any(part in name for part in setting.undecayed)
+        groups.setdefault((scale, setting.weight_decay if decays else 0.0), []).append(weight)
+    if unused:
+        raise RecipeError(f"[training] names '{min(unused)}', and no tensor of '{recipe.name}' has that in its name.")
+    told = [{"params": weights, "scale": scale, "weight_decay": decay} for (scale, decay), weights in groups.items()]
+    return torch.optim.AdamW(told, lr=setting.learning_rate, betas=(setting.beta1, setting.beta2), fused=True)
 
 
 def _step(
