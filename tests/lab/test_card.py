@@ -20,7 +20,7 @@ from equipoise.lab.verify import repeat
 @pytest.fixture(scope="module")
 def stocked(make_recipe, lab_data, tmp_path_factory):
     place = tmp_path_factory.mktemp("shelf")
-    recipe = make_recipe(steps=40, learning_rate=0.01)
+    recipe = make_recipe(steps=40, learning_rate=0.01, rates={"embed_tokens": 2.0})
     train(recipe, lab_data, place / "runs/moe", progress=False)
     train(make_recipe("llama", steps=40, learning_rate=0.01), lab_data, place / "runs/dense", progress=False)
     found = shelve(recipe, place / "runs/moe", lab_data, place / "shelf/tiny", dense_run=place / "runs/dense", progress=False)
@@ -41,7 +41,14 @@ def test_the_judgement_is_measured_on_what_is_stored(stocked, monkeypatch):
     assert -1 <= found.importance_correlation <= 1
     assert found.dense_perplexity is not None
     card = (place / "shelf/tiny/README.md").read_text()
-    for wanted in (f"{found.perplexity:.1f}", "made up", "configs/tiny.toml", "40 steps", "Dense model beside it"):
+    for wanted in (
+        f"{found.perplexity:.1f}",
+        "made up",
+        "configs/tiny.toml",
+        "40 steps",
+        "0.01, 2 times that for `embed_tokens`,",
+        "Dense model beside it",
+    ):
         assert wanted in card
     kept = json.loads((place / "shelf/tiny/card.json").read_text())
     assert kept["judgement"] == found.model_dump(mode="json")
