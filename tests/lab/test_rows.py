@@ -40,6 +40,19 @@ def test_domains_appear_by_weight_and_each_stretch_once_an_epoch():
     assert starts[36:72] != starts[:36]
 
 
+def test_limited_text_is_the_beginning_of_all_of_it_and_is_read_again():
+    rows, whole = order(text_tokens=160), order()
+    limited = [int(row[0]) for step in range(30) for row in rows.content(step) if row[0] < 1000]
+    free = [int(row[0]) for step in range(30) for row in whole.content(step) if row[0] < 1000]
+    used = -(-120 // 11)
+    assert limited[:used] == free[:used], "three quarters of the rows"
+    assert sorted(limited[used : 2 * used]) == sorted(limited[:used])
+    assert limited[used : 2 * used] != limited[:used]
+    assert len(set(limited)) == used < len(set(free))
+    again = order(text_tokens=160)
+    assert np.array_equal(again.content(25), rows.content(25))
+
+
 def test_rows_are_stretches_of_one_domain():
     for step in range(20):
         for row in order().content(step):

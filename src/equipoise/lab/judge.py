@@ -174,9 +174,11 @@ def _trigram_loss(
     setting = recipe.training
     order = RowOrder(
         train, {name: domain.weight for name, domain in recipe.mix.domains.items()}, framing,
-        seq_len=setting.seq_len, batch_size=setting.batch_size, seed=setting.seed,
+        seq_len=setting.seq_len, batch_size=setting.batch_size, seed=setting.seed, text_tokens=setting.text_tokens,
     )  # fmt: skip
-    trigram = Trigram((row for step in range(setting.steps) for row in order.content(step)), vocabulary)
+    # A row that was read twice is counted once: doubled counts would spoil the discounts, which are of n-grams seen once.
+    read = {row.tobytes(): row for step in range(setting.steps) for row in order.content(step)}
+    trigram = Trigram(read.values(), vocabulary)
     loss = {}
     for name, rows in chosen.items():
         parts = [-np.log(trigram.probabilities(row)) for row in rows.content]

@@ -60,6 +60,8 @@ class Training(_Section):
     Attributes:
         steps: optimizer steps of the whole run.
         batch_size, seq_len: rows of one step, and tokens of one row (of both stacks together for encoder-decoder models).
+        text_tokens: distinct tokens that are used, then read again in another order; None for all there are. A domain that is
+            smaller than its share is read again sooner.
         learning_rate: its peak, after `warmup` steps; a cosine then lowers it to `final_fraction` of the peak.
         relative: learning rates are relative: each tensor's is times the root mean square of its initial values. T5 and Switch
             initialise tensors on scales a factor of 60 apart, on which no single rate works (Adafactor, arXiv:1804.04235, 8).
@@ -79,6 +81,7 @@ class Training(_Section):
     steps: int = Field(ge=1)
     batch_size: int = Field(default=8, ge=1)
     seq_len: int = Field(default=512, ge=8)
+    text_tokens: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
     relative: bool = False
     rates: dict[str, float] = Field(default_factory=dict)
@@ -135,7 +138,7 @@ class Recipe(_Section):
         told = self.model_dump(mode="json", exclude={"name", "mix_file", "dense"})
         for name in ("watch_every", "watch_rows", "checkpoint_every"):
             told["training"].pop(name)
-        for name in ("rates", "undecayed"):  # decide nothing when empty, and older fingerprints have none
+        for name in ("rates", "undecayed", "text_tokens"):  # decide nothing when empty, and older fingerprints have none
             if not told["training"][name]:
                 told["training"].pop(name)
         for domain in told["mix"]["domains"].values():

@@ -36,6 +36,7 @@ class RowOrder:
         batch_size: int,
         seed: int,
         encoder_fractions: Sequence[float] = (0.5,),
+        text_tokens: int | None = None,
     ) -> None:
         self.domains = tuple(streams)
         self._streams = streams
@@ -50,6 +51,11 @@ class RowOrder:
             raise RecipeError(f"domain '{short[0]}' has fewer than the {self._size} tokens of one row; give it more text.")
         edges_D = np.cumsum([weights[name] for name in self.domains])
         self._edges_D = edges_D / edges_D[-1]
+        share_D = np.diff(self._edges_D, prepend=0.0)
+        most_D = [None] * len(self.domains) if text_tokens is None else np.ceil(share_D * text_tokens / self._size).astype(int)
+        self._stretches = [
+            _least(streams[name].size // self._size, most) for name, most in zip(self.domains, most_D, strict=True)
+        ]
         self._start = np.random.default_rng(seed).random()
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._before = np.zeros(len(self.domains), np.int64)
@@ -101,15 +107,20 @@ class RowOrder:
         self._counted = row
 
     def _row(self, domain: int, turn: int) -> NDArray[np.int64]:
-        """The stretch that a domain gives at its n-th turn: all of its stretches in a shuffled order, then again in another."""
+        """The stretch that a domain gives at its n-th turn: those that are used in a shuffled order, then again in another."""
         name = self.domains[domain]
-        stretches = self._streams[name].size // self._size
-        epoch, place = divmod(turn, stretches)
+        used = self._stretches[domain]
+        epoch, place = divmod(turn, used)
         if (domain, epoch) not in self._orders:
-            rng = np.random.default_rng([self._seed, zlib.crc32(name.encode()), epoch])
-            self._orders[domain, epoch] = rng.permutation(stretches)
+            first, rng = (np.random.default_rng([self._seed, zlib.crc32(name.encode()), number]) for number in (0, epoch))
+            chosen = first.permutation(self._streams[name].size // self._size)[:used]
+            self._orders[domain, epoch] = chosen if epoch == 0 else np.sort(chosen)[rng.permutation(used)]
         start = int(self._orders[domain, epoch][place]) * self._size
         return self._streams[name][start : start + self._size].astype(np.int64)
+
+
+def _least(there: int, wanted: int | None) -> int:
+    return there if wanted is None else min(there, max(int(wanted), 1))
 
 
 def heldout_rows(streams: Mapping[str, Stream], framing: Framing, *, seq_len: int, rows: int | None) -> dict[str, Rows]:

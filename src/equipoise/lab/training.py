@@ -99,6 +99,7 @@ def _train(
         batch_size=setting.batch_size,
         seed=setting.seed,
         encoder_fractions=setting.encoder_fractions,
+        text_tokens=setting.text_tokens,
     )
     watched = heldout_rows(
         streams(recipe.mix, data, tokenizer, "heldout"), framing, seq_len=setting.seq_len, rows=setting.watch_rows
