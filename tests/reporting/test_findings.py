@@ -180,7 +180,7 @@ def _harmless():
         (lambda p: Evidence(evaluation=cases.evaluation()), "equipoise profile"),
         (
             lambda p: Evidence(p, {"rq": cases.rq_plan(p)}, files={"rq": "x.json"}),
-            "x.json --out rq-model && equipoise eval",
+            "x.json --method agq --text FILE --out rq-model && equipoise eval",
         ),
         (lambda p: Evidence(p, {"r": cases.rank_plan(p)}, files={"r": "r.json"}), "simulate --plan r=r.json --profile PROFILE"),
         (lambda p: Evidence(p, {"rq": cases.rq_plan(p)}, cases.evaluation()), "plan PROFILE --error-bound"),
@@ -196,6 +196,13 @@ def test_the_next_command_follows_from_what_is_there(evidence, command):
     step = next_step(evidence(cases.profile()))
     assert command in step.command
     assert step.why
+
+
+def test_the_published_plan_is_carried_out_as_published():
+    profile = cases.profile()
+    plan = cases.rq_plan(profile).model_copy(update={"method": "rq-paper"})
+    assert "apply" in (command := next_step(Evidence(plans={"p": plan}, profile=profile)).command)
+    assert "--method" not in command
 
 
 def test_a_model_that_is_there_is_used_and_not_written_again():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from equipoise.artifacts import Profile
+from equipoise.artifacts import Plan, Profile
 from equipoise.artifacts.evaluation import Contender
 from equipoise.reporting.evidence import Evidence, is_placement, mean, raw_lis
 from equipoise.reporting.findings import harm
@@ -78,7 +78,7 @@ def _try_out(evidence: Evidence) -> NextStep:
             "Balance of the whole text is not balance of a batch: this replays batches through the plans.",
         )
     return NextStep(
-        _command("apply", plan.model.name, _file(evidence, name, "PLAN"), "--out", f"{name}-model")
+        _command("apply", plan.model.name, _file(evidence, name, "PLAN"), *_rounded(plan), "--out", f"{name}-model")
         + " && "
         + _command("evaluate", plan.model.name, f"{name}-model", "--text", "FILE", "--out", "x.eval.json"),
         f"What {name} does to perplexity and balance is predicted so far; apply it, and measure on held-out text.",
@@ -109,7 +109,8 @@ def _after_proof(evidence: Evidence) -> NextStep:
         )
     there = evidence.models.get(best.name)
     directory = there or (f"{names[0]}-model" if names else best.name)
-    write = _command("apply", evaluation.base, _file(evidence, names[0] if names else "", "PLAN"), "--out", directory)
+    rounded = _rounded(plan) if plan is not None else ()
+    write = _command("apply", evaluation.base, _file(evidence, names[0] if names else "", "PLAN"), *rounded, "--out", directory)
     if not best.tasks:
         judged_on_tasks = _command("evaluate", evaluation.base, directory, "--task", "hellaswag", "--task", "arc_easy")
         return NextStep(
@@ -124,6 +125,11 @@ def _after_proof(evidence: Evidence) -> NextStep:
             "prints what it holds.",
         )
     return NextStep(write, f"'{best.name}' holds up on {judge}; this writes the model that `from_pretrained` loads.")
+
+
+def _rounded(plan: Plan) -> tuple[str, ...]:
+    """Rounding on text, as `balance` does it; the published form is rounded to nearest."""
+    return () if plan.method == "rq-paper" else ("--method", "agq", "--text", "FILE")
 
 
 def _tighter_bound(evidence: Evidence, judged: list[Contender]) -> float:
