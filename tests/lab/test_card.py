@@ -6,21 +6,26 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from equipoise import lab
 from equipoise.cli import app
 from equipoise.errors import EquipoiseError
 from equipoise.lab.card import add_dense, shelve
+from equipoise.lab.judge import _trigram_loss
 from equipoise.lab.recipe import RecipeError
+from equipoise.lab.rows import heldout_rows
+from equipoise.lab.text import load_or_train_tokenizer, streams
 from equipoise.lab.training import train
 from equipoise.lab.verify import repeat
+from equipoise.profiling.sequences import Framing
 
 
 @pytest.fixture(scope="module")
 def stocked(make_recipe, lab_data, tmp_path_factory):
     place = tmp_path_factory.mktemp("shelf")
-    recipe = make_recipe(steps=40, learning_rate=0.01, rates={"embed_tokens": 2.0})
+    recipe = make_recipe(steps=40, learning_rate=0.01, rates={"embed_tokens": 2.0}, text_tokens=2048)
     train(recipe, lab_data, place / "runs/moe", progress=False)
     train(make_recipe("llama", steps=40, learning_rate=0.01), lab_data, place / "runs/dense", progress=False)
     found = shelve(recipe, place / "runs/moe", lab_data, place / "shelf/tiny", dense_run=place / "runs/dense", progress=False)
@@ -45,7 +50,7 @@ def test_the_judgement_is_measured_on_what_is_stored(stocked, monkeypatch):
         f"{found.perplexity:.1f}",
         "made up",
         "configs/tiny.toml",
-        "40 steps",
+        "40 steps, 5,120 tokens of 2,048 distinct ones,",
         "0.01, 2 times that for `embed_tokens`,",
         "Dense model beside it",
     ):
@@ -102,3 +107,15 @@ def test_what_is_not_there_is_said(stocked, monkeypatch, tmp_path, lab_data):
     monkeypatch.setenv("EQUIPOISE_SHELF", str(tmp_path / "nowhere"))
     with pytest.raises(EquipoiseError, match="not in the wheel"):
         lab.names()
+
+
+def test_the_trigram_counts_a_row_once_however_often_it_was_read(make_recipe, lab_data):
+    def loss(steps):
+        recipe = make_recipe(steps=steps, text_tokens=512)
+        tokenizer = load_or_train_tokenizer(recipe.mix, recipe.tokenizer_directory, lab_data)
+        framing = Framing.of(tokenizer, AutoConfig.for_model("llama"))
+        chosen = heldout_rows(streams(recipe.mix, lab_data, tokenizer, "heldout"), framing, seq_len=32, rows=4)
+        return _trigram_loss(recipe, streams(recipe.mix, lab_data, tokenizer, "train"), framing, chosen, len(tokenizer))
+
+    assert loss(8) == loss(16) == loss(24)
+    assert loss(2) != loss(8)

@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from equipoise.errors import EquipoiseError
 
@@ -84,7 +84,7 @@ class Training(_Section):
     text_tokens: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
     relative: bool = False
-    rates: dict[str, float] = Field(default_factory=dict)
+    rates: dict[str, PositiveFloat] = Field(default_factory=dict)
     undecayed: tuple[str, ...] = ()
     warmup: int = Field(default=100, ge=0)
     final_fraction: float = Field(default=0.1, ge=0, le=1)

@@ -52,10 +52,8 @@ class RowOrder:
         edges_D = np.cumsum([weights[name] for name in self.domains])
         self._edges_D = edges_D / edges_D[-1]
         share_D = np.diff(self._edges_D, prepend=0.0)
-        most_D = [None] * len(self.domains) if text_tokens is None else np.ceil(share_D * text_tokens / self._size).astype(int)
-        self._stretches = [
-            _least(streams[name].size // self._size, most) for name, most in zip(self.domains, most_D, strict=True)
-        ]
+        most_D = np.full(share_D.size, np.inf) if text_tokens is None else np.ceil(share_D * text_tokens / self._size)
+        self._used = [int(min(streams[name].size // self._size, most)) for name, most in zip(self.domains, most_D, strict=True)]
         self._start = np.random.default_rng(seed).random()
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._before = np.zeros(len(self.domains), np.int64)
@@ -109,7 +107,7 @@ class RowOrder:
     def _row(self, domain: int, turn: int) -> NDArray[np.int64]:
         """The stretch that a domain gives at its n-th turn: those that are used in a shuffled order, then again in another."""
         name = self.domains[domain]
-        used = self._stretches[domain]
+        used = self._used[domain]
         epoch, place = divmod(turn, used)
         if (domain, epoch) not in self._orders:
             first, rng = (np.random.default_rng([self._seed, zlib.crc32(name.encode()), number]) for number in (0, epoch))
@@ -117,10 +115,6 @@ class RowOrder:
             self._orders[domain, epoch] = chosen if epoch == 0 else np.sort(chosen)[rng.permutation(used)]
         start = int(self._orders[domain, epoch][place]) * self._size
         return self._streams[name][start : start + self._size].astype(np.int64)
-
-
-def _least(there: int, wanted: int | None) -> int:
-    return there if wanted is None else min(there, max(int(wanted), 1))
 
 
 def heldout_rows(streams: Mapping[str, Stream], framing: Framing, *, seq_len: int, rows: int | None) -> dict[str, Rows]:

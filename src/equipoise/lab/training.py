@@ -75,7 +75,9 @@ def _reproducible(device: str, threads: int) -> Iterator[None]:
     if device == "cpu":
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against faulty operators, at a twentieth of the time
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a guard against faulty operators, paid for by every new tensor
+    )
     try:
         yield
     finally:

@@ -109,8 +109,8 @@ def _after_proof(evidence: Evidence) -> NextStep:
         )
     there = evidence.models.get(best.name)
     directory = there or (f"{names[0]}-model" if names else best.name)
-    rounded = _rounded(plan) if plan is not None else ()
-    write = _command("apply", evaluation.base, _file(evidence, names[0] if names else "", "PLAN"), *rounded, "--out", directory)
+    file = _file(evidence, names[0] if names else "", "PLAN")
+    write = _command("apply", evaluation.base, file, *_rounded(plan), "--out", directory)
     if not best.tasks:
         judged_on_tasks = _command("evaluate", evaluation.base, directory, "--task", "hellaswag", "--task", "arc_easy")
         return NextStep(
@@ -127,9 +127,9 @@ def _after_proof(evidence: Evidence) -> NextStep:
     return NextStep(write, f"'{best.name}' holds up on {judge}; this writes the model that `from_pretrained` loads.")
 
 
-def _rounded(plan: Plan) -> tuple[str, ...]:
-    """Rounding on text, as `balance` does it; the published form is rounded to nearest."""
-    return () if plan.method == "rq-paper" else ("--method", "agq", "--text", "FILE")
+def _rounded(plan: Plan | None) -> tuple[str, ...]:
+    """Rounding on text, as `balance` does it; the published form is rounded to nearest, and a placement rounds nothing."""
+    return () if plan is None or plan.method == "rq-paper" or is_placement(plan) else ("--method", "agq", "--text", "FILE")
 
 
 def _tighter_bound(evidence: Evidence, judged: list[Contender]) -> float:
