@@ -63,6 +63,7 @@ def test_the_card_belongs_to_the_recipe(name):
     found = facts["judgement"]
     assert found["lis"] >= 1.3
     assert found["divergence"] > 0.01
+    assert found["beside_trigram"]["high"] < -0.02, "clearly below a trigram model of the same text, and not by chance"
     assert found["perplexity"] == pytest.approx(facts["watch"][-1]["perplexity"], rel=0.35)
 
 

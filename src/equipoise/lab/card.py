@@ -12,7 +12,7 @@ import torch
 
 from equipoise import __version__
 from equipoise.artifacts.files import write_atomic
-from equipoise.lab.judge import Judgement, dense_beside, judge
+from equipoise.lab.judge import Judgement, dense_beside, in_percent, judge
 from equipoise.lab.recipe import Recipe, RecipeError
 from equipoise.lab.text import domain_documents, streams
 from equipoise.lab.training import LOSSES, WATCH
@@ -132,6 +132,8 @@ def _card(recipe: Recipe, found: Judgement, losses: list[float], watched: list[d
             for name, value in found.domain_perplexity.items()
         ),
         f"| **all** | **{found.perplexity:.1f}** | **{found.trigram_perplexity:.1f}** | **{found.lis:.2f}** |",
+        "",
+        f"Beside the trigram: {in_percent(found.beside_trigram)}, 95 % interval over rows.",
         "",
     ]
     if found.dense_perplexity is not None and found.dense_parameters is not None:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import spearmanr
 
+from equipoise.artifacts.evaluation import Interval
+from equipoise.evaluation.statistics import perplexity_change
 from equipoise.lab.recipe import Recipe
 from equipoise.lab.rows import RowOrder, heldout_rows
 from equipoise.lab.text import Stream
@@ -35,6 +37,7 @@ class Judgement(BaseModel):
         tokens: scored.
         perplexity, domain_perplexity: of the model as stored.
         trigram_perplexity, trigram_domain_perplexity: of a Kneser-Ney trigram model of the same training rows.
+        beside_trigram: relative difference of the two perplexities, with its 95 % interval over rows.
         dense_perplexity: of the dense model of equal active size, on the same tokens; None when it was not given.
         active_parameters, dense_parameters: of a token's way through the model without embeddings, and of the dense model's.
         parameters: of the whole model.
@@ -54,6 +57,7 @@ class Judgement(BaseModel):
     domain_perplexity: dict[str, float]
     trigram_perplexity: float
     trigram_domain_perplexity: dict[str, float]
+    beside_trigram: Interval
     dense_perplexity: float | None
     parameters: int
     active_parameters: int
@@ -71,7 +75,13 @@ class Judgement(BaseModel):
     def sentence(self) -> str:
         """For people."""
         beside = "" if self.dense_perplexity is None else f", dense {self.dense_perplexity:.1f}"
-        return f"perplexity {self.perplexity:.1f} (trigram {self.trigram_perplexity:.1f}{beside}), LIS {self.lis:.2f}"
+        trigram = f"trigram {self.trigram_perplexity:.1f}, {in_percent(self.beside_trigram)}"
+        return f"perplexity {self.perplexity:.1f} ({trigram}{beside}), LIS {self.lis:.2f}"
+
+
+def in_percent(change: Interval) -> str:
+    """A relative difference with its interval, for people."""
+    return f"{100 * change.value:+.1f} % ({100 * change.low:+.1f}..{100 * change.high:+.1f})"
 
 
 def judge(
@@ -104,9 +114,11 @@ def judge(
     setting = recipe.training
     framing = Framing.of(tokenizer, model.config)
     chosen = heldout_rows(heldout, framing, seq_len=setting.seq_len, rows=rows)
-    seen = measure(model, chosen)
+    seen = measure(model, chosen, batch_size=1)  # a row a pass, for the interval
     beside = measure(dense, chosen) if dense is not None else None
-    trigram = _trigram_loss(recipe, train, framing, chosen, len(tokenizer))
+    trigram_rows = _trigram_loss(recipe, train, framing, chosen, len(tokenizer))
+    trigram = {name: float(loss.sum()) for name, loss in trigram_rows.items()}
+    passes = np.concatenate([seen.passes_D[name] for name in trigram_rows])
     importance = profile(
         model, tokenizer, {name: list(texts) for name, texts in heldout_documents.items()}, tokens=setting.seq_len * 4,
         seq_len=setting.seq_len, batch_size=1, importance=("leave_one_out",),
@@ -125,6 +137,7 @@ def judge(
         domain_perplexity=seen.domain_perplexity(),
         trigram_perplexity=math.exp(sum(trigram.values()) / tokens),
         trigram_domain_perplexity={name: math.exp(loss / seen.scored_D[name]) for name, loss in trigram.items()},
+        beside_trigram=perplexity_change(np.concatenate(list(trigram_rows.values())), passes[:, 0], passes[:, 1]),
         dense_perplexity=None if beside is None else beside.perplexity,
         parameters=_parameters(model),
         active_parameters=active_parameters(model, importance),
@@ -169,8 +182,8 @@ def _embedding(model: Any) -> int:
 
 def _trigram_loss(
     recipe: Recipe, train: Mapping[str, Stream], framing: Framing, chosen: Mapping[str, Rows], vocabulary: int
-) -> dict[str, float]:
-    """Domain -> summed loss in nats of a trigram model of the model's training rows, on the tokens that the model predicts."""
+) -> dict[str, NDArray[np.float64]]:
+    """Domain -> [rows] loss in nats of a trigram model of the training rows, over the tokens that the model predicts."""
     setting = recipe.training
     order = RowOrder(
         train, {name: domain.weight for name, domain in recipe.mix.domains.items()}, framing,
@@ -184,7 +197,7 @@ def _trigram_loss(
         parts = [-np.log(trigram.probabilities(row)) for row in rows.content]
         if framing.decoder_start is not None:  # the encoder's half is read, not predicted
             parts = [part[-(len(row) // 2) :] for part, row in zip(parts, rows.content, strict=True)]
-        loss[name] = float(np.concatenate(parts).sum())
+        loss[name] = np.array([part.sum() for part in parts])
     return loss
 
 

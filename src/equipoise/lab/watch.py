@@ -28,6 +28,7 @@ class HeldOut:
 
     Attributes:
         nll_D, scored_D: summed negative log-likelihood in nats, and tokens it is over, by domain name.
+        passes_D: the same of every forward pass, [passes, 2], by domain name.
         tokens_DL: [D, L] tokens that passed each layer.
         load_DLE: [D, L, E] selections of each expert; no layers for a dense model.
         width_L: [L] routed experts of each layer.
@@ -35,6 +36,7 @@ class HeldOut:
 
     nll_D: dict[str, float]
     scored_D: dict[str, int]
+    passes_D: dict[str, NDArray[np.float64]]
     tokens_DL: NDArray[np.int64]
     load_DLE: NDArray[np.int64]
     width_L: NDArray[np.int64]
@@ -83,8 +85,7 @@ def measure(model: Any, heldout: Mapping[str, Rows], *, batch_size: int = 8) -> 
         heldout: domain -> rows.
         batch_size: rows of one forward pass.
     """
-    nll = dict.fromkeys(heldout, 0.0)
-    scored = dict.fromkeys(heldout, 0)
+    passes: dict[str, NDArray[np.float64]] = {}
     layers = _moe_layers(model)
     with evaluation_mode(model), ExitStack() as stack:
         recorder = None
@@ -93,15 +94,15 @@ def measure(model: Any, heldout: Mapping[str, Rows], *, batch_size: int = 8) -> 
         for name, rows in heldout.items():
             if recorder is not None:
                 recorder.scenario = name
-            for batch in make_batches(rows, batch_size):
-                total, count = negative_log_likelihood(model, batch)
-                nll[name] += total
-                scored[name] += count
+            found = [negative_log_likelihood(model, batch) for batch in make_batches(rows, batch_size)]
+            passes[name] = np.array(found, np.float64)
+    nll = {name: float(found[:, 0].sum()) for name, found in passes.items()}
+    scored = {name: int(found[:, 1].sum()) for name, found in passes.items()}
     width_L = np.array([layer.num_experts for layer in layers], np.int64)
     if recorder is None:
         none = (len(heldout), 0)
-        return HeldOut(nll, scored, np.zeros(none, np.int64), np.zeros((*none, 0), np.int64), width_L)
-    return HeldOut(nll, scored, recorder.tokens_by_layer.sum(1), recorder.counts.sum(1), width_L)
+        return HeldOut(nll, scored, passes, np.zeros(none, np.int64), np.zeros((*none, 0), np.int64), width_L)
+    return HeldOut(nll, scored, passes, recorder.tokens_by_layer.sum(1), recorder.counts.sum(1), width_L)
 
 
 def _moe_layers(model: Any) -> tuple[MoELayer, ...]:
