@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from equipoise import lab
 from equipoise.cli import app
 from equipoise.errors import EquipoiseError
-from equipoise.lab.card import add_dense, shelve
+from equipoise.lab.card import add_dense, read_facts, shelve
 from equipoise.lab.judge import _trigram_loss, in_percent
 from equipoise.lab.recipe import RecipeError
 from equipoise.lab.rows import heldout_rows
@@ -106,6 +106,14 @@ def test_what_is_not_there_is_said(stocked, monkeypatch, tmp_path, lab_data):
     monkeypatch.setenv("EQUIPOISE_SHELF", str(place / "shelf"))
     with pytest.raises(EquipoiseError, match="there are: tiny"):
         lab.load("huge")
+    facts = json.loads((place / "shelf/tiny/card.json").read_text())
+    del facts["judgement"]["beside_trigram"]
+    (tmp_path / "card.json").write_text(json.dumps(facts))
+    with pytest.raises(RecipeError, match=r"(?s)not of this version.*beside_trigram.*shelve"):
+        read_facts(tmp_path)
+    (tmp_path / "card.json").write_text("{")
+    with pytest.raises(RecipeError, match="not of this version"):
+        add_dense(recipe, lab_data, tmp_path, place / "runs/dense")
     with pytest.raises(RecipeError, match="is not done"):
         shelve(recipe, tmp_path, lab_data, tmp_path / "out")
     with pytest.raises(RecipeError, match="losses to compare with"):

@@ -65,6 +65,25 @@ def shelve(
     return judgement
 
 
+def read_facts(place: Path) -> tuple[dict[str, Any], Judgement]:
+    """The facts of a model on the shelf, and the judgement among them.
+
+    Args:
+        place: directory of the model on the shelf.
+
+    Raises:
+        RecipeError: there are none, or they are of another version of equipoise.
+    """
+    try:
+        facts = json.loads((place / FACTS).read_text())
+        return facts, Judgement.model_validate(facts["judgement"])
+    except OSError as error:
+        raise RecipeError(f"'{place}' has no {FACTS}; put the model on the shelf first, by `equipoise lab shelve`.") from error
+    except (ValueError, KeyError) as error:
+        told = f"{FACTS} in '{place}' is not of this version of equipoise ({error}); make it anew by `equipoise lab shelve`."
+        raise RecipeError(told) from error
+
+
 def add_dense(recipe: Recipe, data: Path, out: Path, dense_run: Path) -> Judgement:
     """Put a dense model, trained later, beside a model of the shelf: the same rows, and the card written anew.
 
@@ -77,17 +96,12 @@ def add_dense(recipe: Recipe, data: Path, out: Path, dense_run: Path) -> Judgeme
     Raises:
         RecipeError: the model is not on the shelf, or was made by another recipe.
     """
-    try:
-        facts = json.loads((out / FACTS).read_text())
-    except OSError as error:
-        raise RecipeError(f"'{out}' has no {FACTS}; put the model on the shelf first, by `equipoise lab shelve`.") from error
+    facts, found = read_facts(out)
     if facts["recipe"] != recipe.fingerprint():
         raise RecipeError(f"the model in '{out}' was made by another state of recipe '{recipe.name}'; shelve it again.")
     dense, tokenizer = load_model(str(dense_run / "model"), dtype="fp32"), load_tokenizer(str(dense_run / "model"))
     perplexity, parameters = dense_beside(dense, tokenizer, recipe, streams(recipe.mix, data, tokenizer, "heldout"))
-    judgement = Judgement.model_validate(facts["judgement"]).model_copy(
-        update={"dense_perplexity": perplexity, "dense_parameters": parameters}
-    )
+    judgement = found.model_copy(update={"dense_perplexity": perplexity, "dense_parameters": parameters})
     write_atomic(out / FACTS, json.dumps({**facts, "judgement": judgement.model_dump(mode="json")}, indent=1))
     losses = json.loads((out / LOSSES).read_text())
     write_atomic(out / CARD, _card(recipe, judgement, losses, facts["watch"], facts["machine"]))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.table import Table
 
 from equipoise.artifacts.evaluation import Interval
-from equipoise.lab.card import FACTS
+from equipoise.lab.card import read_facts
 from equipoise.lab.judge import in_percent
 from equipoise.lab.shelf import names, path
 
@@ -28,7 +27,7 @@ WANTED = (
 
 def shelf_rows() -> list[dict[str, Any]]:
     """One row a model: its name and the figures of its card."""
-    found = {name: json.loads((path(name) / FACTS).read_text())["judgement"] for name in names()}
+    found = {name: read_facts(path(name))[1].model_dump(mode="json") for name in names()}
     return [{"name": name, **{key: facts[key] for key in WANTED}} for name, facts in found.items()]
 
 
