@@ -114,6 +114,7 @@ def _card(recipe: Recipe, found: Judgement, losses: list[float], watched: list[d
     shape = ", ".join(f"{key} {value}" for key, value in recipe.model.items() if key != "model_type")
     curve = [len(losses) * part // 8 - 1 for part in range(1, 9)]
     again = "" if setting.text_tokens is None else f" of {setting.text_tokens:,} distinct ones"
+    scale = " relative to each tensor's scale" if setting.relative else ""
     own = "".join(f", {rate:g} times that for `{part}`" for part, rate in setting.rates.items())
     lines = [
         "---",
@@ -128,7 +129,7 @@ def _card(recipe: Recipe, found: Judgement, losses: list[float], watched: list[d
         f"- **Architecture**: transformers `{recipe.model['model_type']}`; {shape}.",
         f"- **Size**: {found.parameters:,} parameters, {found.active_parameters:,} active without embeddings; stored in bf16.",
         f"- **Training**: {len(losses):,} steps, {tokens:,} tokens{again}, AdamW, peak learning rate "
-        f"{setting.learning_rate:g}{own}, seed {setting.seed}, no balance loss of any kind. "
+        f"{setting.learning_rate:g}{scale}{own}, seed {setting.seed}, no balance loss of any kind. "
         f"Products in {setting.precision}, weights and moments in fp32.",
         f"- **Command**: `equipoise lab train configs/{recipe.name}.toml --data DIRECTORY`, on {machine}. "
         f"`equipoise lab verify configs/{recipe.name}.toml --data DIRECTORY` compares the first steps bit for bit.",
