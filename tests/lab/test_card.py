@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from equipoise.lab.rows import heldout_rows
 from equipoise.lab.text import load_or_train_tokenizer, streams
 from equipoise.lab.training import train
 from equipoise.lab.verify import repeat
+from equipoise.lab.watch import measure
 from equipoise.profiling.sequences import Framing
 
 
@@ -135,3 +137,16 @@ def test_the_trigram_counts_a_row_once_however_often_it_was_read(make_recipe, la
     for again in (loss(16), loss(24)):
         assert all(np.array_equal(again[name], once[name]) for name in once)
     assert any(not np.array_equal(part, once[name]) for name, part in loss(2).items())
+
+
+def test_passes_of_one_row_stand_in_the_order_of_the_rows(stocked, lab_data, monkeypatch):
+    recipe, place, _ = stocked  # the interval beside the trigram pairs the two models' losses row by row
+    monkeypatch.setenv("EQUIPOISE_SHELF", str(place / "shelf"))
+    model, tokenizer = lab.load("tiny", dtype="fp32")
+    framing = Framing.of(tokenizer, model.config)
+    rows = heldout_rows(streams(recipe.mix, lab_data, tokenizer, "heldout"), framing, seq_len=32, rows=4)["up"]
+    together = measure(model, {"up": rows}, batch_size=1).passes_D["up"]
+    assert len(set(together[:, 0])) == len(rows.content) > 1
+    for place_of, content in enumerate(rows.content):
+        alone = replace(rows, content=(content,), documents=(0,))
+        assert measure(model, {"up": alone}).passes_D["up"] == pytest.approx(together[place_of : place_of + 1])

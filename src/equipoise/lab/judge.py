@@ -25,6 +25,7 @@ from equipoise.lab.watch import HeldOut, measure
 from equipoise.metrics import jensen_shannon
 from equipoise.profiling.calibrate import profile
 from equipoise.profiling.sequences import Framing, Rows
+from equipoise.reporting.numbers import percent, span_text
 
 ROWS = 64
 """Held-out rows of each domain that models are judged on."""
@@ -81,7 +82,7 @@ class Judgement(BaseModel):
 
 def in_percent(change: Interval) -> str:
     """A relative difference with its interval, for people."""
-    return f"{100 * change.value:+.1f} % ({100 * change.low:+.1f}..{100 * change.high:+.1f})"
+    return f"{percent(change.value, sign=True)} ({span_text(change.low, change.high, 100, '+.1f')})"
 
 
 def judge(
@@ -203,7 +204,7 @@ def _trigram_loss(
 
 def _divergences(seen: HeldOut) -> dict[tuple[str, str], float]:
     """Pair of domains -> mean over layers of the divergence of their loads."""
-    names = list(seen.nll_D)
+    names = list(seen.passes_D)
     return {
         (names[i], names[j]): float(np.mean(jensen_shannon(seen.load_DLE[i], seen.load_DLE[j])))
         for i, j in combinations(range(len(names)), 2)

@@ -75,9 +75,8 @@ def _reproducible(device: str, threads: int) -> Iterator[None]:
     if device == "cpu":
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a guard against faulty operators, paid for by every new tensor
-    )
+    # a guard against faulty operators, paid for by every new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:

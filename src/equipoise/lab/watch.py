@@ -27,19 +27,26 @@ class HeldOut:
     """What a model does on held-out rows.
 
     Attributes:
-        nll_D, scored_D: summed negative log-likelihood in nats, and tokens it is over, by domain name.
-        passes_D: the same of every forward pass, [passes, 2], by domain name.
+        passes_D: by domain name, [passes, 2] summed negative log-likelihood in nats of a forward pass, and tokens it is over.
         tokens_DL: [D, L] tokens that passed each layer.
         load_DLE: [D, L, E] selections of each expert; no layers for a dense model.
         width_L: [L] routed experts of each layer.
     """
 
-    nll_D: dict[str, float]
-    scored_D: dict[str, int]
     passes_D: dict[str, NDArray[np.float64]]
     tokens_DL: NDArray[np.int64]
     load_DLE: NDArray[np.int64]
     width_L: NDArray[np.int64]
+
+    @property
+    def nll_D(self) -> dict[str, float]:
+        """Summed negative log-likelihood in nats, by domain."""
+        return {name: float(found[:, 0].sum()) for name, found in self.passes_D.items()}
+
+    @property
+    def scored_D(self) -> dict[str, int]:
+        """Tokens that it is over, by domain."""
+        return {name: int(found[:, 1].sum()) for name, found in self.passes_D.items()}
 
     @property
     def perplexity(self) -> float:
@@ -48,7 +55,8 @@ class HeldOut:
 
     def domain_perplexity(self) -> dict[str, float]:
         """By domain."""
-        return {name: math.exp(nll / self.scored_D[name]) for name, nll in self.nll_D.items()}
+        scored_D = self.scored_D
+        return {name: math.exp(nll / scored_D[name]) for name, nll in self.nll_D.items()}
 
     def balance(self) -> dict[str, list[float]]:
         """LIS and MaxVio of each MoE layer, all domains together; empty for a dense model."""
@@ -62,12 +70,12 @@ class HeldOut:
         """Mean LIS over layers of each domain alone; empty for a dense model."""
         if not self.width_L.size:
             return {}
-        return {name: float(lis(load, self.width_L).mean()) for name, load in zip(self.nll_D, self.load_DLE, strict=True)}
+        return {name: float(lis(load, self.width_L).mean()) for name, load in zip(self.passes_D, self.load_DLE, strict=True)}
 
     def experts_per_token(self) -> dict[str, float]:
         """Routed experts that a token visits, mean over tokens and layers, by domain; top-k unless the model drops some."""
         visits_D = (self.load_DLE.sum(2) / self.tokens_DL).mean(1)
-        return dict(zip(self.nll_D, visits_D.tolist(), strict=True))
+        return dict(zip(self.passes_D, visits_D.tolist(), strict=True))
 
     def summary(self) -> dict[str, Any]:
         """Plain values for a log."""
@@ -96,13 +104,11 @@ def measure(model: Any, heldout: Mapping[str, Rows], *, batch_size: int = 8) -> 
                 recorder.scenario = name
             found = [negative_log_likelihood(model, batch) for batch in make_batches(rows, batch_size)]
             passes[name] = np.array(found, np.float64)
-    nll = {name: float(found[:, 0].sum()) for name, found in passes.items()}
-    scored = {name: int(found[:, 1].sum()) for name, found in passes.items()}
     width_L = np.array([layer.num_experts for layer in layers], np.int64)
     if recorder is None:
         none = (len(heldout), 0)
-        return HeldOut(nll, scored, passes, np.zeros(none, np.int64), np.zeros((*none, 0), np.int64), width_L)
-    return HeldOut(nll, scored, passes, recorder.tokens_by_layer.sum(1), recorder.counts.sum(1), width_L)
+        return HeldOut(passes, np.zeros(none, np.int64), np.zeros((*none, 0), np.int64), width_L)
+    return HeldOut(passes, recorder.tokens_by_layer.sum(1), recorder.counts.sum(1), width_L)
 
 
 def _moe_layers(model: Any) -> tuple[MoELayer, ...]:
